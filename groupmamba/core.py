@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE6', 'entry_points', 'DropPath', 'ModulatedGroupMamba', 'Downsample', 'Stem', 'Stage', 'make_stages',
-           'check_images', 'Backbone', 'Pyramid', 'TimmHooks', 'Classifier', 'GroupMamba', 'create',
+           'check_images', 'Backbone', 'Pyramid', 'TimmHooks', 'Heads', 'Classifier', 'GroupMamba', 'create',
            'groupmamba_tiny_table6', 'groupmamba_small_table6', 'groupmamba_base_table6', 'groupmamba_nano',
            'model_cfg']
 
@@ -154,7 +154,7 @@ def check_images(
     h, w = x.shape[2:]
     if h < min_size or w < min_size: raise ValueError(f"x must have H and W of at least {min_size}, got {h}×{w}")
 
-# %% ../nbs/06_core.ipynb #f98a466a
+# %% ../nbs/06_core.ipynb #0fd65879
 class Backbone(nn.Module):
     "Stem and stages: images (B, in_chans, H, W) with H, W >= 32 to the map of every stage."
     output_fmt, min_size = 'NHWC', 32
@@ -177,7 +177,14 @@ class Backbone(nn.Module):
         for stage in self.stages: x = stage(x)
         return x
 
-# %% ../nbs/06_core.ipynb #e37ea421
+    def feature(self,
+        i:int, # stage number, from 0
+        x:Tensor, # its map (B, H, W, C)
+    )->Tensor: # the map others see, (B, H, W, C)
+        "What `forward_intermediates` gives of a stage; here its map as it is."
+        return x
+
+# %% ../nbs/06_core.ipynb #5b30487d
 class Pyramid(Backbone):
     "A backbone that gives the maps of several stages, by timm's `forward_intermediates`."
     def forward_intermediates(self,
@@ -198,13 +205,6 @@ class Pyramid(Backbone):
             if i in took: outs[i] = self.feature(i, x)
         outs = [outs[i].permute(0, 3, 1, 2) if output_fmt == 'NCHW' else outs[i] for i in took]
         return outs if intermediates_only else (x, outs)
-
-    def feature(self,
-        i:int, # stage number, from 0
-        x:Tensor, # its map (B, H, W, C)
-    )->Tensor: # the map others see, (B, H, W, C)
-        "What `forward_intermediates` gives of a stage; here its map as it is."
-        return x
 
     def prune_intermediate_layers(self,
         indices=1, # stages to keep, as in `forward_intermediates`
@@ -238,8 +238,32 @@ class TimmHooks(Pyramid):
         return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else
                     [(r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)\.norm', (99999,))])
 
-# %% ../nbs/06_core.ipynb #71356d0f
-class Classifier(TimmHooks):
+# %% ../nbs/06_core.ipynb #3aa18189
+class Heads(TimmHooks):
+    "A pooled map and the linear heads on it: one, or two for distillation."
+    def pool(self,
+        x:Tensor, # map of the last stage (B, H, W, C)
+    )->Tensor: # (B, C), or the map itself with global_pool=''
+        "The mean over all positions."
+        return x.mean((1, 2)) if self.global_pool == 'avg' else x
+
+    def get_classifier(self): # the head, or the pair of heads
+        return (self.head, self.head_dist) if self.distilled else self.head
+
+    def reset_classifier(self,
+        num_classes:int, # 0: identity
+        global_pool:str=None, # 'avg' or ''; None leaves it
+    ):
+        "New, freshly initialised head(s)."
+        if global_pool not in (None, 'avg', ''): raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        if global_pool is not None: self.global_pool = global_pool
+        self.num_classes = num_classes
+        for name in ('head', 'head_dist')[:1 + self.distilled]:
+            setattr(self, name, nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity())
+            init_weights(getattr(self, name))
+
+# %% ../nbs/06_core.ipynb #093f120b
+class Classifier(Heads):
     "A pyramid with a classification head, or with two of them for distillation."
     def __init__(self,
         in_chans:int, # image channels
@@ -269,27 +293,6 @@ class Classifier(TimmHooks):
         if not self.distilled: return self.head(x)
         cls, dist = self.head(x), self.head_dist(x)
         return (cls, dist) if self.distilled_training and self.training else (cls + dist)/2
-
-    def pool(self,
-        x:Tensor, # map of the last stage (B, H, W, C)
-    )->Tensor: # (B, C), or the map itself with global_pool=''
-        "The mean over all positions."
-        return x.mean((1, 2)) if self.global_pool == 'avg' else x
-
-    def get_classifier(self): # the head, or the pair of heads
-        return (self.head, self.head_dist) if self.distilled else self.head
-
-    def reset_classifier(self,
-        num_classes:int, # 0: identity
-        global_pool:str=None, # 'avg' or ''; None leaves it
-    ):
-        "New, freshly initialised head(s)."
-        if global_pool not in (None, 'avg', ''): raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
-        if global_pool is not None: self.global_pool = global_pool
-        self.num_classes = num_classes
-        for name in ('head', 'head_dist')[:1 + self.distilled]:
-            setattr(self, name, nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity())
-            init_weights(getattr(self, name))
 
 # %% ../nbs/06_core.ipynb #f3521613
 class GroupMamba(Classifier):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['init_weights', 'GroupLinear', 'GroupLayerNorm', 'FFN', 'map_to_seq', 'seq_to_map', 'raster_scan', 'init_A_log',
-           'init_dt_bias', 'MambaMixer', 'VSSS']
+           'init_dt_bias', 'split_groups', 'MambaMixer', 'VSSS']
 
 # %% ../nbs/03_vsss.ipynb #bb4ccb60
 import math
@@ -145,7 +145,16 @@ def init_dt_bias(
     dt = torch.empty(d_inner).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     return dt + torch.log(-torch.expm1(-dt))
 
-# %% ../nbs/03_vsss.ipynb #9b94a76f
+# %% ../nbs/03_vsss.ipynb #6ae75ee2
+def split_groups(
+    x:Tensor, # (..., groups·sum(sizes)), group-major
+    sizes:list, # channels of each part within a group
+    groups:int, # number of groups
+)->list: # one (..., groups·size) for each part, group-major
+    "Cut every group's channels into parts, and put each part of all groups together."
+    return [p.flatten(-2) for p in x.unflatten(-1, (groups, -1)).split(sizes, -1)]
+
+# %% ../nbs/03_vsss.ipynb #65b2a618
 class MambaMixer(nn.Module):
     "Mamba on an image map: project, look at the neighbours, scan, normalise, gate, project (§3.3.1)."
     def __init__(self,
@@ -164,15 +173,14 @@ class MambaMixer(nn.Module):
         self.x_proj = GroupLinear(d_inner, groups*(self.dt_rank + 2*d_state), groups, bias=False)
         self.dt_weight = nn.Parameter(torch.empty(d_inner, self.dt_rank).uniform_(-1, 1)*self.dt_rank**-0.5)
         self.dt_bias = nn.Parameter(init_dt_bias(d_inner))
-        self.A_log = nn.Parameter(init_A_log(d_inner, d_state))
-        self.D = nn.Parameter(torch.ones(d_inner))
+        self.A_log, self.D = nn.Parameter(init_A_log(d_inner, d_state)), nn.Parameter(torch.ones(d_inner))
         self.norm = GroupLayerNorm(d_inner, groups)
         self.out_proj = GroupLinear(d_inner, d_model, groups, bias=False)
 
     def forward(self,
         x:Tensor, # image map (B, H, W, d_model)
     )->Tensor: # image map (B, H, W, d_model)
-        x, z = self._split(self.in_proj(x), 2)
+        x, z = split_groups(self.in_proj(x), [len(self.D)//self.groups]*2, self.groups)
         u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.scan(u, *self.ssm_inputs(u))
         return self.out_proj(self.norm(y)*F.silu(z))
@@ -181,17 +189,11 @@ class MambaMixer(nn.Module):
         u:Tensor, # (B, H, W, d_inner)
     )->tuple: # delta (B, H, W, d_inner), A (d_inner, N), B and C (B, H, W, G·N), D (d_inner,), delta_bias (d_inner,)
         "Selection: the SSM's parameters, of which delta, B and C depend on the input."
-        dt, B, C = self._split(self.x_proj(u), (self.dt_rank, self.d_state, self.d_state))
+        dt, B, C = split_groups(self.x_proj(u), [self.dt_rank, self.d_state, self.d_state], self.groups)
         w = rearrange(self.dt_weight, '(g d) r -> g d r', g=self.groups)
         delta = torch.einsum('...gr,gdr->...gd', dt.unflatten(-1, (self.groups, -1)), w).flatten(-2)
         A_log, D, dt_bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A_log, self.D, self.dt_bias))
         return delta, -torch.exp(A_log), B, C, D, dt_bias
-
-    def _split(self, x, sizes):
-        "Cut every group's channels into parts; part k of all groups together, group-major."
-        parts = x.unflatten(-1, (self.groups, -1))
-        parts = parts.chunk(sizes, -1) if isinstance(sizes, int) else parts.split(sizes, -1)
-        return [p.flatten(-2) for p in parts]
 
 # %% ../nbs/03_vsss.ipynb #5cadfec5
 class VSSS(nn.Module):
