@@ -20,15 +20,15 @@ def _divides(name:str, n:int, groups:int):
     "Raise `ValueError` unless `n` channels can be cut into `groups` equal parts."
     if groups < 1 or n % groups: raise ValueError(f"{name} must be a multiple of groups, got {name}={n} and groups={groups}")
 
-# %% ../nbs/03_vsss.ipynb #d4d94457
+# %% ../nbs/03_vsss.ipynb #467e1603
 def init_weights(
     m:nn.Module, # any module; its children are not visited, so use it with `model.apply`
 ):
-    "The one initialisation of every linear and convolution: truncated normal (std 0.02), He's fan-out normal; biases zero."
+    "The one initialisation of every linear layer and convolution. Biases start at zero."
     if isinstance(m, (nn.Linear, GroupLinear)): nn.init.trunc_normal_(m.weight, std=0.02)
-    elif isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-    else: return
-    if m.bias is not None: nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2*m.groups/(m.out_channels*math.prod(m.kernel_size)))**0.5)
+    elif isinstance(m, MambaMixer): nn.init.uniform_(m.x_proj.weight, -m.x_proj.weight.shape[1]**-0.5, m.x_proj.weight.shape[1]**-0.5)
+    if isinstance(m, (nn.Linear, GroupLinear, nn.Conv2d)) and m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/03_vsss.ipynb #05328115
 class GroupLinear(nn.Module):
@@ -154,7 +154,7 @@ def split_groups(
     "Cut every group's channels into parts, and put each part of all groups together."
     return [p.flatten(-2) for p in x.unflatten(-1, (groups, -1)).split(sizes, -1)]
 
-# %% ../nbs/03_vsss.ipynb #65b2a618
+# %% ../nbs/03_vsss.ipynb #4b03988a
 class MambaMixer(nn.Module):
     "Mamba on an image map: project, look at the neighbours, scan, normalise, gate, project (§3.3.1)."
     def __init__(self,
@@ -164,8 +164,7 @@ class MambaMixer(nn.Module):
         d_state:int=1, # N, states a channel
         scan:Callable=raster_scan, # how the map is walked: signature and shapes of `raster_scan`
     ):
-        super().__init__()
-        _divides('d_model', d_model, groups)
+        super().__init__(); _divides('d_model', d_model, groups)
         d_inner, self.d_state, self.scan, self.groups = int(expand*d_model), d_state, scan, groups
         self.dt_rank = math.ceil(d_model/groups/16)
         self.in_proj = GroupLinear(d_model, 2*d_inner, groups, bias=False)
@@ -176,6 +175,7 @@ class MambaMixer(nn.Module):
         self.A_log, self.D = nn.Parameter(init_A_log(d_inner, d_state)), nn.Parameter(torch.ones(d_inner))
         self.norm = GroupLayerNorm(d_inner, groups)
         self.out_proj = GroupLinear(d_inner, d_model, groups, bias=False)
+        init_weights(self)
 
     def forward(self,
         x:Tensor, # image map (B, H, W, d_model)
