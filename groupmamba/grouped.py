@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'FOUR', 'check_directions', 'to_sequences', 'to_map', 'scan_order', 'directional_scan', 'GroupedMamba']
 
-# %% ../nbs/04_grouped.ipynb #e55d0007
+# %% ../nbs/04_grouped.ipynb #f443d82d
 from functools import partial
 import torch
 from torch import Tensor
 from einops import rearrange
-from .scan import selective_scan
-from .vsss import VSSS
+from .scan import _check_inputs, _pick, selective_scan
+from .vsss import VSSS, map_to_seq
 
 # %% ../nbs/04_grouped.ipynb #2ab37bdc
 DIRECTIONS = {  # name: (order, backwards)
@@ -82,7 +82,17 @@ def scan_order(
     "The permutation π of a direction, read off by walking a map of numbers."
     return to_sequences(torch.arange(h*w).view(1, h, w, 1), check_directions(direction)).flatten()
 
-# %% ../nbs/04_grouped.ipynb #1edd9bdc
+# %% ../nbs/04_grouped.ipynb #00616045
+def _scan_in_place(u, delta, A, B, C, D, delta_bias, directions):
+    "The same by one Triton kernel, which turns step numbers into places: no sequence is ever made."
+    from groupmamba.kernels import map_scan_triton
+    _groups(u.shape[-1], directions)
+    for M in (B, C): _groups(M.shape[-1]//A.shape[1], directions)
+    if B.shape[-1] % A.shape[1] or C.shape[-1] % A.shape[1]: raise ValueError(f"B and C must have G·N channels with N = {A.shape[1]}, got {B.shape[-1]} and {C.shape[-1]}")
+    _check_inputs(map_to_seq(u), map_to_seq(delta), A, *(rearrange(M, 'b h w (g n) -> b g n (h w)', n=A.shape[1]) for M in (B, C)), D, None, delta_bias)
+    return map_scan_triton(u, delta, A, B, C, D, delta_bias, directions)
+
+# %% ../nbs/04_grouped.ipynb #2dd4f538
 def directional_scan(
     u:Tensor, # input map (B, H, W, D)
     delta:Tensor, # step before softplus (B, H, W, D)
@@ -92,11 +102,14 @@ def directional_scan(
     D:Tensor, # skip (D,)
     delta_bias:Tensor, # added to delta before softplus (D,)
     directions:tuple=FOUR, # G names from `DIRECTIONS`
+    *,
+    backend:str="auto", # as in `selective_scan`
 )->Tensor: # y in place order (B, H, W, D)
-    "Selective scan of an image map whose channel groups go in different directions (Eq. 6, the scan inside)."
+    "Selective scan of an image map whose channel groups go in different directions (Eq. 6, the scan inside). Raises what `selective_scan` raises."
+    if _pick(backend, u.is_cuda) == 'triton' and all(d in FOUR for d in directions): return _scan_in_place(u, delta, A, B, C, D, delta_bias, directions)
     read = partial(to_sequences, directions=directions)
     B, C = (rearrange(read(p), 'b (g n) l -> b g n l', n=A.shape[1]) for p in (B, C))
-    y = selective_scan(read(u), read(delta), A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
+    y = selective_scan(read(u), read(delta), A, B, C, D, delta_bias=delta_bias, delta_softplus=True, backend=backend)
     return to_map(y, *u.shape[1:3], directions)
 
 # %% ../nbs/04_grouped.ipynb #5b6e1e57
