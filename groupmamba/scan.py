@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# %% ../nbs/01_scan.ipynb #3d5ce35d
+# %% ../nbs/01_scan.ipynb #36be4e6e
 def _state_dtype(u): return torch.float64 if u.dtype==torch.float64 else torch.float32
 
 def _per_channel(M, d, dtype):
@@ -21,7 +21,7 @@ def _per_channel(M, d, dtype):
     M = M.to(dtype)
     if M.dim()==2: return M[None,:,:,None]
     if M.dim()==3: return M[:,None]
-    return M.repeat_interleave(d//M.shape[1], 1)
+    return M.index_select(1, torch.arange(d, device=M.device)//(d//M.shape[1]))
 
 # %% ../nbs/01_scan.ipynb #c01e4646
 def selective_scan_naive(
