@@ -956,7 +956,7 @@ class ImageLoader(DataLoader):
                 raise UserError(f'cannot read image {last}' if self.dataset.on_bad == 'stop' else f'cannot read {min(ATTEMPTS, len(self.dataset))} images in a row, the last is {last}')
             if len(targets): yield images, targets
 
-# %% ../nbs/09_data.ipynb #fb86ac32
+# %% ../nbs/09_data.ipynb #47df90bb
 def make_loader(dataset:ImageData, # the images
                 batch_size:int, # images per batch of this process
                 training:bool, # shuffled, in full batches only?
@@ -964,11 +964,12 @@ def make_loader(dataset:ImageData, # the images
                 num_workers:int=0, # processes that load
                 rank:int=0, # this process
                 world:int=1, # number of processes
+                pin_memory:bool=False, # in memory from which a GPU copies while it computes
                 )->DataLoader: # of (images (b, 3, h, w), targets (b,))
     "Batches in a reproducible order. A training set smaller than one batch makes one smaller batch. Raises `UserError` if some process would have no image to train on."
     sampler = EpochSampler(len(dataset), training, seed, rank, world)
     if training and not len(sampler): raise UserError(f'{len(dataset)} training images cannot be shared among {world} processes')
-    return ImageLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available(), collate_fn=collate,
+    return ImageLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate,
                        drop_last=training and len(sampler) >= batch_size,
                        generator=torch.Generator()) # its own, so that looking at images does not move the model's random numbers
 

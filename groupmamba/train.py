@@ -399,13 +399,14 @@ def ignore_signals(worker:int, # its number
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     if then: then(worker)
 
-# %% ../nbs/10_train.ipynb #fe2170e0
+# %% ../nbs/10_train.ipynb #89579843
 def make_loaders(cfg:TrainConfig, # batch size and workers
                  fabric:Fabric, # shares the images among its processes
                  datasets:list[ImageData], # training and validation images
                  )->list[DataLoader]: # on the right device
     "Training and validation batches, each the part of a step that one process computes at once."
-    shared = dict(batch_size=part_size(cfg, fabric.world_size), seed=cfg.seed, num_workers=cfg.num_workers, rank=fabric.global_rank, world=fabric.world_size)
+    shared = dict(batch_size=part_size(cfg, fabric.world_size), seed=cfg.seed, num_workers=cfg.num_workers, rank=fabric.global_rank, world=fabric.world_size,
+                  pin_memory=fabric.device.type == 'cuda')
     loaders = [make_loader(data, training=training, **shared) for data, training in zip(datasets, (True, False))]
     for loader in loaders: loader.worker_init_fn = partial(ignore_signals, then=loader.worker_init_fn)
     return fabric.setup_dataloaders(*loaders, use_distributed_sampler=False) # our sampler has dealt the images out
@@ -1020,7 +1021,7 @@ def write_per_class(path:str, # CSV file
     row = lambda i, c, n, hit: dict(name=c, images=n, right=hit, top1=hit/n if n else math.nan, most_often_taken_for=classes[wrong[i].argmax()] if wrong[i].any() else '')
     write_csv(Path(path), [row(*o) for o in zip(range(len(classes)), classes, confusion.sum(1).tolist(), confusion.diagonal().tolist())])
 
-# %% ../nbs/10_train.ipynb #6175f68d
+# %% ../nbs/10_train.ipynb #5684d866
 def evaluate(cfg:EvalConfig, # checkpoint and data
              )->dict: # `loss`, `top1`, `top5`, `images_per_s`
     "Measures a checkpoint on images and prints the result. Raises `UserError`."
@@ -1037,7 +1038,8 @@ def measure(fabric:Fabric, # launched
             state:dict, # the checkpoint
             )->dict: # `loss`, `top1`, `top5`, `images_per_s`
     "The part of `evaluate` that every process does."
-    loader = make_loader(data, cfg.batch_size, False, num_workers=cfg.num_workers, rank=fabric.global_rank, world=fabric.world_size)
+    loader = make_loader(data, cfg.batch_size, False, num_workers=cfg.num_workers, rank=fabric.global_rank, world=fabric.world_size,
+                         pin_memory=fabric.device.type == 'cuda')
     loader, model = fabric.setup_dataloaders(loader, use_distributed_sampler=False), fabric.to_device(model)
     if cfg.channels_last: model.to(memory_format=torch.channels_last)
     start = time.perf_counter()
