@@ -463,7 +463,7 @@ def _states(a, w, borders, d, in_d):
     decay, h = tl.associative_scan((a, w), 0, _after)
     return h + decay*tl.load(borders + d, mask=in_d, other=0)[None]
 
-# %% ../nbs/02b_fused.ipynb #58e28e3b
+# %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
 def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dzx, dWx, dWdt, dA, small, H, W, walks, K, eps, channels, unit,
     G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
@@ -514,9 +514,9 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dz
             dx += q*Bn*delta
         dd = tl.where(ok, dd*tl.sigmoid(raw), 0.)
         dbias += tl.sum(dd, 0)
-        dwdt = tl.dot(tl.trans(S.to(DT)), dd.to(DT), dwdt, input_precision='ieee')
+        dwdt += tl.dot(tl.trans(S.to(DT)), dd.to(DT), input_precision='ieee')
         dS += tl.dot(dd.to(DT), tl.trans(wdt), input_precision='ieee')
-        dwx = tl.dot(tl.trans(ur), dS.to(DT), dwx, input_precision='ieee')
+        dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
         dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
         tl.store(du + (p*channels + d[None]), dx.to(du.dtype.element_ty), mask=ok)
     tl.store(dA + (b*N + n_idx[:,None])*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
