@@ -75,6 +75,11 @@ def _tile(channels, n_c, n_w, n_r, rows, TW: tl.constexpr, CB: tl.constexpr):
     return c, c < channels, pid//n_c % n_w*TW + tl.arange(0, TW), pid//(n_c*n_w) % n_r*rows, (pid//(n_c*n_w*n_r)).to(tl.int64)
 
 @triton.jit
+def _parameter(c, in_c, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    "Which parameter belongs to channel c of a map whose groups of UNIT channels stand WIDE apart, and whether there is one."
+    return c//WIDE*UNIT + c % WIDE, in_c & (c % WIDE < UNIT)
+
+@triton.jit
 def _nine(weight, c, in_c, FLIP: tl.constexpr, ST: tl.constexpr):
     "The nine taps of channels c, row by row; from the last to the first if FLIP."
     s: tl.constexpr = -1 if FLIP else 1
@@ -94,41 +99,55 @@ def _row(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
 
 # %% ../nbs/02b_fused.ipynb #c293bc68
 @triton.jit
-def _phi(x):
+def _exp2(x, FAST: tl.constexpr):
+    if FAST: return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return tl.exp2(x)
+
+@triton.jit
+def _recip(x, FAST: tl.constexpr):
+    if FAST: return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return 1/x
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr): return _recip(1 + _exp2(x*-1.4426950408889634, FAST), FAST)
+
+@triton.jit
+def _phi(x, FAST: tl.constexpr):
     "Φ(x), and exp(-x²/2). Abramowitz & Stegun 7.1.26 in float32, erf in float64."
-    e = tl.exp(-0.5*x*x)
+    e = _exp2(x*x*-0.7213475204444817, FAST)
     if x.dtype == tl.float64: p = 0.5*(1 + tl.erf(x*0.7071067811865476))
     else:
-        t = 1/(1 + 0.23164189*tl.abs(x))
+        t = _recip(1 + 0.23164189*tl.abs(x), FAST)
         p = t*e*(0.127414796 + t*(-0.142248368 + t*(0.7107068705 + t*(-0.7265760135 + t*0.5307027145))))
         p = tl.where(x >= 0, 1 - p, p)
     return p, e
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
-    if ACT == 'silu': x = x*tl.sigmoid(x)
-    if ACT == 'gelu': x = x*_phi(x)[0]
+def _act(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    if ACT == 'silu': x = x*_sigmoid(x, FAST)
+    if ACT == 'gelu': x = x*_phi(x, FAST)[0]
     return x
 
 @triton.jit
-def _act_grad(x, ACT: tl.constexpr):
+def _act_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
     "The derivative of `_act` at x."
     if ACT == 'gelu':
-        p, e = _phi(x)
+        p, e = _phi(x, FAST)
         y = p + x*0.3989422804014327*e
     else:
-        s = tl.sigmoid(x)
+        s = _sigmoid(x, FAST)
         y = s*(1 + x*(1 - s))
     return y
 
 # %% ../nbs/02b_fused.ipynb #56c1b892
 @triton.jit
 def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, ST: tl.constexpr):
+    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
     c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, c, in_c, FLIP, ST)
+    p, in_p = _parameter(c, in_c, UNIT, WIDE)
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, FLIP, ST)
     start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + c, mask=in_c, other=0).to(ST)[None]
+    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     x += b*sb; y += b*yb
     left, here, right = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
     above = start + k0*left + k1*here + k2*right
@@ -140,7 +159,7 @@ def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, 
         out = above + k6*left + k7*here + k8*right
         above = now + k3*left + k4*here + k5*right
         now = start + k0*left + k1*here + k2*right
-        tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
+        tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT, FAST).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
 
 # %% ../nbs/02b_fused.ipynb #c6964398
 def _conv_plan(h, w, c, backward):
@@ -153,21 +172,23 @@ def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
     return x if x.stride(3)==1 or x.shape[3]==1 else x.contiguous()
 
+def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
+
 def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
 
 def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
-def _conv_launch(x, backward):
-    "(programs, blocks of channels, columns and rows with the rows in each, meta)."
+def _conv_launch(x, backward, unit=None):
+    "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
     b, h, w, c = x.shape
     cols, chans, rows, warps = _conv_plan(h, w, c, backward)
     blocks = -(-c//chans), -(-w//cols), -(-h//rows)
-    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, ST=_tl(_state_dtype(x)), num_warps=warps)
+    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, FAST=_fast(x), ST=_tl(_state_dtype(x)), num_warps=warps)
 
-def _conv(x, weight, bias, act, out=None, flip=False):
+def _conv(x, weight, bias, act, out=None, flip=False, unit=None):
     "act(conv(x) + bias), written to `out` if given. x has its channels side by side."
     y = _new(x) if out is None else out
-    n, blocks, meta = _conv_launch(x, False)
+    n, blocks, meta = _conv_launch(x, False, unit)
     with _on(x): _dwconv_forward[(n,)](x, weight.contiguous(), bias, y, *x.shape[1:], *x.stride()[:3], *y.stride()[:3], *blocks,
                                        ACT=act, FLIP=flip, HAS_BIAS=bias is not None, **meta)
     return y
@@ -175,12 +196,13 @@ def _conv(x, weight, bias, act, out=None, flip=False):
 # %% ../nbs/02b_fused.ipynb #91bef9ef
 @triton.jit
 def _dwconv_backward(dy, x, weight, bias, ds, y, share, H, W, channels, gb, gh, gw, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, ST: tl.constexpr):
+    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
     "ds = dy·act'(s), a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y."
     c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, c, in_c, False, ST)
+    p, in_p = _parameter(c, in_c, UNIT, WIDE)
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, False, ST)
     start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + c, mask=in_c, other=0).to(ST)[None]
+    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     dy += b*gb; x += b*sb; y += b*yb; ds += b*yb
     d0 = tl.zeros((TW, CB), ST); d1 = d0; d2 = d0; d3 = d0; d4 = d0; d5 = d0; d6 = d0; d7 = d0; d8 = d0; d9 = d0
     a0, a1, a2 = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
@@ -192,8 +214,8 @@ def _dwconv_backward(dy, x, weight, bias, ds, y, share, H, W, channels, gb, gh, 
         if ACT != 'none':
             at = r*yh + (w[:,None]*yw + c[None])
             s = start + k0*a0 + k1*a1 + k2*a2 + k3*b0 + k4*b1 + k5*b2 + k6*c0 + k7*c1 + k8*c2
-            if SAVE_Y: tl.store(y + at, _act(s, ACT).to(y.dtype.element_ty), mask=ok)
-            g *= _act_grad(s, ACT)
+            if SAVE_Y: tl.store(y + at, _act(s, ACT, FAST).to(y.dtype.element_ty), mask=ok)
+            g *= _act_grad(s, ACT, FAST)
             tl.store(ds + at, g.to(ds.dtype.element_ty), mask=ok)
         d0 += g*a0; d1 += g*a1; d2 += g*a2; d3 += g*b0; d4 += g*b1; d5 += g*b2; d6 += g*c0; d7 += g*c1; d8 += g*c2; d9 += g
         a0 = b0; a1 = b1; a2 = b2; b0 = c0; b1 = c1; b2 = c2
@@ -214,16 +236,17 @@ def _grad_of(p, g):
     "`g` in the shape and dtype of the parameter `p`, contiguous, in memory of its own."
     return g.reshape(p.shape).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
-def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False):
+def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
     "Gradients of x (written to `out` if given), weight and bias (empty if there is none), and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
-    n, blocks, meta = _conv_launch(x, True)
+    n, blocks, meta = _conv_launch(x, True, unit)
     ds = dy if act=='none' else _new(x)
     y = _new(x) if save_y else ds
     share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
     with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, ds, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *ds.stride()[:3], *blocks,
                                         ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
-    dx, share = _conv(ds, weight, None, 'none', out, flip=True), share.sum(0)
+    dx, share = _conv(ds, weight, None, 'none', out, True, unit), share.sum(0)
+    if unit: share = share.unflatten(1, (4, -1))[...,:unit].flatten(1)
     return dx, _grad_of(weight, share[:9].t()), x.new_empty(0) if bias is None else _grad_of(bias, share[9]), y
 
 # %% ../nbs/02b_fused.ipynb #46db3115
@@ -368,6 +391,13 @@ def _projections(Wx, Wdt, g, c, j, in_d, unit, R: tl.constexpr, N: tl.constexpr,
     return wx, wdt
 
 @triton.jit
+def _step(x, FAST: tl.constexpr):
+    "softplus(x)."
+    if FAST: return tl.maximum(x, 0) + 0.6931471805599453*tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [1 + _exp2(tl.abs(x)*-1.4426950408889634, FAST)],
+                                                                                   dtype=tl.float32, is_pure=True, pack=1)
+    else: return _softplus(x)
+
+@triton.jit
 def _column(S, j, n): return tl.sum(tl.where(j[None] == n, S, 0.), 1)[:,None]
 
 @triton.jit
@@ -382,36 +412,37 @@ def _normalised(y, ok, unit, eps):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, eps, channels, unit,
-    G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, eps, unit,
+    FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "A program for every image and group; tiles (T steps, DB channels) one after the other."
     L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
     c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
     d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
+    e, in_e, channels = g*WIDE + c, c < WIDE, G*WIDE                            # where a map has these channels
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
     h_all = tl.zeros((NP, DB), ST)
     for k in range(K):
         t = k*T + tt
         p = _place(t, walk, H, W)[:,None]
-        ok = (t < L)[:,None] & in_d[None]
-        raw = tl.load(u + (p*channels + d[None]), mask=ok, other=0).to(DT)
+        ok, there = (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
+        raw = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
         S = tl.dot(raw, wx, input_precision='ieee')
         x = raw.to(ST)
-        delta = tl.where(ok, _softplus(tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST)), 0.)
+        delta = tl.where(ok, _step(tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST), FAST), 0.)
         w, y = delta*x, _vector(D, d, in_d, ST)*x
         for n in range(N):
-            a = tl.exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634))
+            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
             decay, h = tl.associative_scan((a, w*_column(S, j, R + n).to(ST)), 0, _after)
             h0 = tl.sum(tl.where(n_idx[:,None] == n, h_all, 0.), 0)
-            tl.store(borders + ((b*K + k)*N + n)*channels + d, h0, mask=in_d)
+            tl.store(borders + ((b*K + k)*N + n)*channels + e, h0, mask=in_d)
             h += decay*h0[None]
             h_all = tl.where(n_idx[:,None] == n, tl.sum(tl.where(tt[:,None] == T - 1, h, 0.), 0)[None], h_all)
             y += _column(S, j, R + N + n).to(ST)*h
         y, _rstd = _normalised(y, ok, unit, eps)
-        z = tl.load(zx + (p*(2*channels) + d[None]), mask=ok, other=0).to(ST)
-        y = (y*_vector(gain, d, in_d, ST) + _vector(shift, d, in_d, ST))*z*tl.sigmoid(z)
-        tl.store(v + (p*channels + d[None]), y.to(v.dtype.element_ty), mask=ok)
+        z = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
+        y = (y*_vector(gain, d, in_d, ST) + _vector(shift, d, in_d, ST))*z*_sigmoid(z, FAST)
+        tl.store(v + (p*channels + e[None]), y.to(v.dtype.element_ty), mask=there)
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
@@ -425,12 +456,12 @@ def _fits(unit, columns):
 def _gated_launch(u, A, dt_weight, eps, walks):
     "(programs, scalars, meta, tiles) that both directions of time share."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
-    unit = d//len(walks)
+    unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, warps = _scan_plan(unit)
     k = -(-(h*w)//steps)
-    meta = dict(G=len(walks), R=r, N=n, NP=triton.next_power_of_2(n), RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(unit)),
+    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, NP=triton.next_power_of_2(n), RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
                 ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps)   # Triton's interpreter knows no bfloat16 products
-    return b*len(walks), (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, eps, d, unit), meta, k
+    return b*len(walks), (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, eps, unit), meta, k
 
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
@@ -442,9 +473,9 @@ def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps,
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
 @triton.jit
-def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit):
+def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
     "Gradients of z, of the LayerNorm's output, and of its input, from g, that of v."
-    s = tl.sigmoid(zz)
+    s = _sigmoid(zz, FAST)
     dz = (y*gain + shift)*g*s*(1 + zz*(1 - s))
     dout = g*zz*s
     g = dout*gain
@@ -465,12 +496,13 @@ def _states(a, w, borders, d, in_d):
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dzx, dWx, dWdt, dA, small, H, W, walks, K, eps, channels, unit,
-    G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dzx, dWx, dWdt, dA, small, H, W, walks, K, eps, unit,
+    FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "The tiles backwards. small: shares of the gradients of D, bias, gain and shift."
     L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
     c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
     d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
+    e, in_e, channels = g*WIDE + c, c < WIDE, G*WIDE                            # where a map has these channels
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     Db, ga, sh = _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
     dv += b*L*channels; u += b*L*channels; du += b*L*channels
@@ -482,57 +514,57 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dz
         k = K - 1 - i
         t = k*T + tt
         p = _place(t, walk, H, W)[:,None]
-        ok = (t < L)[:,None] & in_d[None]
-        ur = tl.load(u + (p*channels + d[None]), mask=ok, other=0).to(DT)
+        ok, there = (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
+        ur = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
         S, x = tl.dot(ur, wx, input_precision='ieee'), ur.to(ST)
         raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST)
-        delta = tl.where(ok, _softplus(raw), 0.)
+        delta = tl.where(ok, _step(raw, FAST), 0.)
         dx, y = delta*x, Db*x
         wv, h = dx, y
         for n in range(N):
-            a = tl.exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634))
-            h = _states(a, wv*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, d, in_d)
+            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            h = _states(a, wv*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
             y += _column(S, j, R + N + n).to(ST)*h
         y, rstd = _normalised(y, ok, unit, eps)
-        zz = tl.load(zx + (p*(2*channels) + d[None]), mask=ok, other=0).to(ST)
-        gr = tl.load(dv + (p*channels + d[None]), mask=ok, other=0).to(ST)
-        dz, dout, gy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit)
-        tl.store(dzx + (p*(2*channels) + d[None]), dz.to(dzx.dtype.element_ty), mask=ok)
+        zz = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
+        gr = tl.load(dv + (p*channels + e[None]), mask=there, other=0).to(ST)
+        dz, dout, gy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
+        tl.store(dzx + (p*(2*channels) + e[None]), dz.to(dzx.dtype.element_ty), mask=there)
         gy = tl.where(ok, gy, 0.)
         dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0); dD += tl.sum(gy*x, 0)
         dx, dd, dS = Db*gy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST)
         for n in range(N):
             An = _vector(A + n, d*N, in_d, ST)
-            a, Bn, Cn = tl.exp2(delta*(An*1.4426950408889634)), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
+            a, Bn, Cn = _exp2(delta*(An*1.4426950408889634), FAST), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
             w = wv*Bn
-            hn = h if N == 1 else _states(a, w, borders + ((b*K + k)*N + n)*channels, d, in_d)
+            hn = h if N == 1 else _states(a, w, borders + ((b*K + k)*N + n)*channels, e, in_d)
             q, s_all = _state_back(a, w, hn, gy, Cn, s_all, n_idx, n, tt)
             dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(gy*hn, 1)[:,None], 0.)
             f = q*(hn - w)                                                     # q_t a_t h_{t-1}
             dA_all += tl.where(n_idx[:,None] == n, tl.sum(f*delta, 0)[None], 0.)
             dd += f*An + q*Bn*x
             dx += q*Bn*delta
-        dd = tl.where(ok, dd*tl.sigmoid(raw), 0.)
+        dd = tl.where(ok, dd*_sigmoid(raw, FAST), 0.)
         dbias += tl.sum(dd, 0)
         dwdt += tl.dot(tl.trans(S.to(DT)), dd.to(DT), input_precision='ieee')
         dS += tl.dot(dd.to(DT), tl.trans(wdt), input_precision='ieee')
         dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
         dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
-        tl.store(du + (p*channels + d[None]), dx.to(du.dtype.element_ty), mask=ok)
-    tl.store(dA + (b*N + n_idx[:,None])*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
+        tl.store(du + (p*channels + e[None]), dx.to(du.dtype.element_ty), mask=there)
+    tl.store(dA + (b*N + n_idx[:,None])*(G*unit) + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
     tl.store(dWx + (b*G + g)*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
     tl.store(dWdt + (b*G + g)*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
-    small += b*4*channels + d
-    tl.store(small, dD, mask=in_d); tl.store(small + channels, dbias, mask=in_d)
-    tl.store(small + 2*channels, dgain, mask=in_d); tl.store(small + 3*channels, dshift, mask=in_d)
+    small += b*4*G*unit + d
+    tl.store(small, dD, mask=in_d); tl.store(small + G*unit, dbias, mask=in_d)
+    tl.store(small + 2*G*unit, dgain, mask=in_d); tl.store(small + 3*G*unit, dshift, mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
     "Gradients of u and of the parameters; that of z is written to the second half of dzx."
     n, scalars, meta, _ = _gated_launch(u, A, dt_weight, eps, walks)
-    b, d, st = len(u), u.shape[3], _state_dtype(u)
+    b, st = len(u), _state_dtype(u)
     params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    du, dWx, dWdt, dA, small = _new(u), *(u.new_empty(b, *s, dtype=st) for s in (x_proj.shape, dt_weight.shape, A.mT.shape, (4, d)))
+    du, dWx, dWdt, dA, small = _new(u), *(u.new_empty(b, *s, dtype=st) for s in (x_proj.shape, dt_weight.shape, A.mT.shape, (4, len(A))))
     with _on(u): _gated_backward[(n,)](dv, u, zx, *params, borders, du, dzx, dWx, dWdt, dA, small, *scalars, **meta)
     grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0)
     return du, *(_grad_of(p, g) for p,g in zip(params, grads))
