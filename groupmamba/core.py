@@ -48,9 +48,11 @@ class ModulatedGroupMamba(nn.Module):
         ffn_ratio:float=2, # hidden / dim of the FFNs inside the VSSS blocks
         directions:Sequence=FOUR, # scan direction of each channel group
         drop_path:float=0., # stochastic depth of the residual branch
+        scan:str='own', # every group in its own direction, or in 'all' of them
+        cam:bool=True, # modulate by channel affinity, Eq. 7-9?
     ):
         super().__init__()
-        self.gm, self.affinity = GroupedMamba(dim, directions, expand, d_state, ffn_ratio), ChannelAffinity(dim)
+        self.gm, self.affinity = GroupedMamba(dim, directions, expand, d_state, ffn_ratio, scan), ChannelAffinity(dim) if cam else None
         self.norm, self.ffn = nn.LayerNorm(dim, eps=1e-6), FFN(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
@@ -58,7 +60,7 @@ class ModulatedGroupMamba(nn.Module):
         x:Tensor, # image map (B, H, W, dim)
     )->Tensor: # image map (B, H, W, dim)
         x_gm = self.gm(x)
-        x_cam = cam(x_gm, self.affinity(x))
+        x_cam = cam(x_gm, self.affinity(x)) if self.affinity else x_gm
         return x + self.drop_path(self.ffn(self.norm(x_cam)))
 
 # %% ../nbs/06_core.ipynb #0253a045
@@ -309,12 +311,14 @@ class GroupMamba(Classifier):
         d_state:int=1, # N, states a channel
         ffn_ratio:float=2, # FFN hidden / dim inside the VSSS blocks
         directions:Sequence=FOUR, # scan direction of each channel group
+        scan:str='own', # every group in its own direction, or in 'all' of them
+        cam:bool=True, # modulate by channel affinity?
         drop_rate:float=0., # dropout before the head
         drop_path_rate:float=0., # stochastic depth of the last layer
         global_pool:str='avg', # 'avg', or '' for a head at every position
         distilled:bool=False, # a second head for a teacher's labels
     ):
-        layer = partial(ModulatedGroupMamba, expand=expand, d_state=d_state, ffn_ratio=ffn_ratio, directions=directions)
+        layer = partial(ModulatedGroupMamba, expand=expand, d_state=d_state, ffn_ratio=ffn_ratio, directions=directions, scan=scan, cam=cam)
         stages = make_stages(dims, depths, mlp_ratios, layer, drop_path_rate)
         super().__init__(in_chans, Stem(in_chans, stem_dim, dims[0]), stages, num_classes, global_pool, drop_rate, distilled)
         self.apply(init_weights)

@@ -19,7 +19,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .vsss import FFN, GroupLinear, MambaMixer, init_weights
-from .grouped import directional_scan
+from .grouped import check_directions, scan_along
 from .cam import ChannelAffinity, cam
 from .core import Classifier, DropPath, Stem, create, make_stages, model_cfg
 
@@ -38,11 +38,15 @@ RELEASED_FOUR = ('lr', 'tb', 'rl', 'bt')   # the direction of each channel group
 class ReleasedMixer(nn.Module):
     "Token mixer of the published models: grouped Mamba times its own input, gated by CAM, between two uses of one LayerNorm."
     def __init__(self,
-        dim:int, # channels C; a `ValueError` unless it is a multiple of 4
+        dim:int, # channels C; a `ValueError` unless it is a multiple of the number of directions
+        directions:Sequence=RELEASED_FOUR, # scan direction of each channel group
+        scan:str='own', # every group in its own direction, or in 'all' of them
+        cam:bool=True, # gate by channel affinity?
     ):
         super().__init__()
-        self.norm, self.affinity = nn.LayerNorm(dim), ChannelAffinity(dim)
-        self.mamba = MambaMixer(dim, groups=4, expand=1, d_state=1, scan=partial(directional_scan, directions=RELEASED_FOUR))
+        directions = check_directions(directions)
+        self.norm, self.affinity = nn.LayerNorm(dim), ChannelAffinity(dim) if cam else None
+        self.mamba = MambaMixer(dim, groups=len(directions), expand=1, d_state=1, scan=scan_along(directions, scan))
         self.skip_scale, self.proj = nn.Parameter(torch.ones(1)), GroupLinear(dim, dim)
 
     def forward(self,
@@ -50,7 +54,7 @@ class ReleasedMixer(nn.Module):
     )->Tensor: # image map (B, H, W, dim)
         x = self.norm(x)
         x_gm = self.mamba(x)*self.skip_scale*x
-        x_cam = cam(x_gm, self.affinity(x))
+        x_cam = cam(x_gm, self.affinity(x)) if self.affinity else x_gm
         return self.proj(self.norm(x_cam))
 
 # %% ../nbs/07_released.ipynb #85390482
@@ -77,9 +81,10 @@ class ReleasedBlock(nn.Module):
         dim:int, # channels
         mlp_ratio:float=4, # hidden / dim of the FFN
         drop_path:float=0., # stochastic depth of both branches
+        mixer:Callable=ReleasedMixer, # (dim) -> token mixer
     ):
         super().__init__()
-        self.mixer, self.norm, self.ffn = ReleasedMixer(dim), nn.LayerNorm(dim, eps=1e-6), ConvFFN(dim, mlp_ratio)
+        self.mixer, self.norm, self.ffn = mixer(dim), nn.LayerNorm(dim, eps=1e-6), ConvFFN(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self,
@@ -94,9 +99,10 @@ class ClassBlock(nn.Module):
     def __init__(self,
         dim:int, # channels
         mlp_ratio:float=4, # hidden / dim of the FFN
+        mixer:Callable=ReleasedMixer, # (dim) -> token mixer
     ):
         super().__init__()
-        self.mixer, self.norm1 = ReleasedMixer(dim), nn.LayerNorm(dim, eps=1e-6)
+        self.mixer, self.norm1 = mixer(dim), nn.LayerNorm(dim, eps=1e-6)
         self.norm2, self.ffn = nn.LayerNorm(dim, eps=1e-6), FFN(dim, mlp_ratio)
 
     def forward(self,
@@ -114,17 +120,21 @@ class GroupMambaReleased(Classifier):
         num_classes:int=1000, # 0: no head, features instead
         *,
         stem_dim:int=32, # channels at half resolution
-        dims:Sequence=(64, 128, 348, 448), # channels of the stages, multiples of 4
+        dims:Sequence=(64, 128, 348, 448), # channels of the stages, multiples of the number of directions
         depths:Sequence=(3, 4, 9, 3), # layers of the stages
         mlp_ratios:Sequence=(8, 8, 4, 4), # FFN hidden / dim of the stages' layers
+        directions:Sequence=RELEASED_FOUR, # scan direction of each channel group; the authors' weights fit any four
+        scan:str='own', # every group in its own direction, or in 'all' of them
+        cam:bool=True, # gate by channel affinity? The authors' weights have the gate
         drop_rate:float=0., # dropout before the head
         drop_path_rate:float=0., # stochastic depth of the last layer
         global_pool:str='avg', # 'avg': mean token through the class block; '': a head at every position
         distilled:bool=True, # a second head for a teacher's labels
     ):
-        stages = make_stages(dims, depths, mlp_ratios, ReleasedBlock, drop_path_rate)
+        mixer = partial(ReleasedMixer, directions=directions, scan=scan, cam=cam)
+        stages = make_stages(dims, depths, mlp_ratios, partial(ReleasedBlock, mixer=mixer), drop_path_rate)
         super().__init__(in_chans, Stem(in_chans, stem_dim, dims[0], kernels=(7, 3, 3)), stages, num_classes, global_pool, drop_rate, distilled)
-        self.class_block, self.norm, stages[-1].norm = ClassBlock(dims[-1], mlp_ratios[-1]), stages[-1].norm, nn.Identity()
+        self.class_block, self.norm, stages[-1].norm = ClassBlock(dims[-1], mlp_ratios[-1], mixer), stages[-1].norm, nn.Identity()
         self.apply(init_weights)
         self.register_load_state_dict_pre_hook(_accept_authors_layout)
 
