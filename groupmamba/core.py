@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from .scan import _state_dtype
 from .vsss import FFN, GroupLayerNorm, GroupLinear, MambaMixer, init_weights
 from .grouped import FOUR, GroupedMamba
 from .cam import ChannelAffinity, cam
@@ -31,9 +32,15 @@ class DropPath(nn.Module):
     def forward(self,
         x:Tensor, # (B, ...)
     )->Tensor: # same shape
-        if not self.training or self.p == 0: return x
-        keep = x.new_empty(len(x), *[1]*(x.ndim - 1)).bernoulli_(1 - self.p)
-        return x*keep/(1 - self.p)
+        keep = self.factor(x)
+        return x if keep is None else (x*keep.view(-1, *[1]*(x.ndim - 1))).to(x.dtype)
+
+    def factor(self,
+        x:Tensor, # (B, ...)
+    )->Tensor|None: # (B,), 0 or 1/(1-p) for each sample, float32 for 16-bit x; None where nothing is dropped
+        "What each sample of a branch is multiplied with."
+        if not self.training or self.p == 0: return None
+        return x.new_empty(len(x), dtype=_state_dtype(x)).bernoulli_(1 - self.p)/(1 - self.p)
 
     def extra_repr(self): return f"p={self.p}"
 
@@ -114,10 +121,15 @@ class Stage(nn.Module):
     def forward(self,
         x:Tensor, # image map of the stage before, or what `downsample` takes
     )->Tensor: # image map (B, H, W, dim), normalised
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self,
+        x:Tensor, # (B, H, W, dim)
+    )->Tensor: # same shape
+        "The layers one after the other, recomputed in the backward pass if asked for."
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
-        return self.norm(x)
+        return x
 
 # %% ../nbs/06_core.ipynb #b5386e1a
 def make_stages(
@@ -126,14 +138,15 @@ def make_stages(
     mlp_ratios:Sequence, # FFN ratios of the stages' layers
     layer:Callable, # (dim, mlp_ratio=..., drop_path=...) -> module
     drop_path_rate:float, # drop path of the very last layer
-)->list: # of `Stage`
+    stage:Callable=Stage, # (downsample, blocks, dim) -> module
+)->list: # of `stage`
     "The stages of a pyramid. Raises `ValueError` when the three sequences differ in length."
     if not len(dims) == len(depths) == len(mlp_ratios):
         raise ValueError(f"dims, depths and mlp_ratios must have one entry a stage, got {tuple(dims)}, {tuple(depths)} and {tuple(mlp_ratios)}")
     rates, stages = iter(drop_path_rate*i/max(1, sum(depths) - 1) for i in range(sum(depths))), []
     for i, (dim, depth, ratio) in enumerate(zip(dims, depths, mlp_ratios)):
         blocks = [layer(dim, mlp_ratio=ratio, drop_path=next(rates)) for _ in range(depth)]
-        stages.append(Stage(Downsample(dims[i-1], dim) if i else nn.Identity(), blocks, dim))
+        stages.append(stage(Downsample(dims[i-1], dim) if i else nn.Identity(), blocks, dim))
     return stages
 
 # %% ../nbs/06_core.ipynb #e2fd68d2

@@ -89,13 +89,19 @@ def _nine(weight, c, in_c, FLIP: tl.constexpr, ST: tl.constexpr):
             tl.load(k + 6*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 7*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 8*s, mask=in_c, other=0).to(ST)[None])
 
 @triton.jit
-def _row(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
+def _row(x, r, w, c, H, W, sh, sw, in_c):
     "Row r of a map at columns w - 1, w and w + 1: three tiles, zeros outside the map."
     row, in_r = x + r*sh, (w*0 + r >= 0) & (w*0 + r < H)
-    left = tl.load(row + ((w[:,None] - 1)*sw + c[None]), mask=in_c[None] & (in_r & (w >= 1) & (w <= W))[:,None], other=0).to(ST)
-    here = tl.load(row + (w[:,None]*sw + c[None]), mask=in_c[None] & (in_r & (w < W))[:,None], other=0).to(ST)
-    right = tl.load(row + ((w[:,None] + 1)*sw + c[None]), mask=in_c[None] & (in_r & (w < W - 1))[:,None], other=0).to(ST)
+    left = tl.load(row + ((w[:,None] - 1)*sw + c[None]), mask=in_c[None] & (in_r & (w >= 1) & (w <= W))[:,None], other=0)
+    here = tl.load(row + (w[:,None]*sw + c[None]), mask=in_c[None] & (in_r & (w < W))[:,None], other=0)
+    right = tl.load(row + ((w[:,None] + 1)*sw + c[None]), mask=in_c[None] & (in_r & (w < W - 1))[:,None], other=0)
     return left, here, right
+
+@triton.jit
+def _row_as(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
+    "The same in the dtype of the sums."
+    left, here, right = _row(x, r, w, c, H, W, sh, sw, in_c)
+    return left.to(ST), here.to(ST), right.to(ST)
 
 # %% ../nbs/02b_fused.ipynb #c293bc68
 @triton.jit
@@ -149,13 +155,15 @@ def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, 
     start = tl.zeros((TW, CB), ST)
     if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     x += b*sb; y += b*yb
-    left, here, right = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
+    left, here, right = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
     above = start + k0*left + k1*here + k2*right
-    left, here, right = _row(x, r0, w, c, H, W, sh, sw, in_c, ST)
+    left, here, right = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
     now = start + k0*left + k1*here + k2*right
     above += k3*left + k4*here + k5*right
+    next_left, next_here, next_right = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
     for r in range(r0, min(r0 + rows, H)):
-        left, here, right = _row(x, r + 1, w, c, H, W, sh, sw, in_c, ST)
+        left, here, right = next_left.to(ST), next_here.to(ST), next_right.to(ST)
+        next_left, next_here, next_right = _row(x, r + 2, w, c, H, W, sh, sw, in_c)       # under way while this row is worked on
         out = above + k6*left + k7*here + k8*right
         above = now + k3*left + k4*here + k5*right
         now = start + k0*left + k1*here + k2*right
@@ -205,12 +213,15 @@ def _dwconv_backward(dy, x, weight, bias, ds, y, share, H, W, channels, gb, gh, 
     if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     dy += b*gb; x += b*sb; y += b*yb; ds += b*yb
     d0 = tl.zeros((TW, CB), ST); d1 = d0; d2 = d0; d3 = d0; d4 = d0; d5 = d0; d6 = d0; d7 = d0; d8 = d0; d9 = d0
-    a0, a1, a2 = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
-    b0, b1, b2 = _row(x, r0, w, c, H, W, sh, sw, in_c, ST)
+    a0, a1, a2 = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
+    b0, b1, b2 = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
     ok = in_c[None] & (w < W)[:,None]
+    n0, n1, n2 = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
+    next_g = tl.load(dy + r0*gh + (w[:,None]*gw + c[None]), mask=ok, other=0)
     for r in range(r0, min(r0 + rows, H)):
-        c0, c1, c2 = _row(x, r + 1, w, c, H, W, sh, sw, in_c, ST)
-        g = tl.load(dy + r*gh + (w[:,None]*gw + c[None]), mask=ok, other=0).to(ST)
+        c0, c1, c2, g = n0.to(ST), n1.to(ST), n2.to(ST), next_g.to(ST)
+        n0, n1, n2 = _row(x, r + 2, w, c, H, W, sh, sw, in_c)                              # under way while this row is worked on
+        next_g = tl.load(dy + (r + 1)*gh + (w[:,None]*gw + c[None]), mask=ok & (r + 1 < H), other=0)
         if ACT != 'none':
             at = r*yh + (w[:,None]*yw + c[None])
             s = start + k0*a0 + k1*a1 + k2*a2 + k3*b0 + k4*b1 + k5*b2 + k6*c0 + k7*c1 + k8*c2
@@ -412,63 +423,123 @@ def _normalised(y, ok, unit, eps):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, eps, unit,
-    FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "A program for every image and group; tiles (T steps, DB channels) one after the other."
-    L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
-    c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
-    d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
-    e, in_e, channels = g*WIDE + c, c < WIDE, G*WIDE                            # where a map has these channels
-    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+def _my_group(L, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.constexpr):
+    "Of this program: image, group, direction, its channels as parameters and which exist, as places in a map and which exist."
+    b, g, c = (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G, tl.arange(0, DB)
+    return b, g, (walks >> g*2) & 3, g*unit + c, c < unit, g*WIDE + c, c < WIDE
+
+@triton.jit
+def _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "u of a tile, its Δ, B and C still side by side, Δ before its softplus and after."
+    x = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
+    S = tl.dot(x, wx, input_precision='ieee')
+    raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + bias
+    return x, S, raw, tl.where(ok, _step(raw, FAST), 0.)
+
+@triton.jit
+def _tile_steps(k, L, walk, H, W, in_d, in_e, T: tl.constexpr):
+    "Places of the steps of tile k, where a step and a channel exist, and where a map has both."
+    t = k*T + tl.arange(0, T)
+    return _place(t, walk, H, W)[:,None], (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
+
+# %% ../nbs/02b_fused.ipynb #2cc22ba2
+@triton.jit
+def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "What every tile does to a state: how much of it is left, and what is added. carry: (B, K, 2, N, channels)."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias = _vector(bias, d, in_d, ST)
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        x, S, raw, delta = _selection(u + b*L*channels, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        total, w = tl.sum(delta, 0), delta*x.to(ST)
+        rest = total[None] - tl.cumsum(delta, 0)                                 # steps still to come after each
+        for n in range(N):
+            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            at = carry + ((b*K + k)*2*N + n)*channels + e
+            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
+            tl.store(at + N*channels, tl.sum(_exp2(rest*An, FAST)*w*_column(S, j, R + n).to(ST), 0), mask=in_d)
+
+@triton.jit
+def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, REVERSE: tl.constexpr, ST: tl.constexpr):
+    "The state that enters every tile, from what tiles do to states; from the last tile to the first if REVERSE. borders: (B, K, N, channels)."
+    b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, i = tl.program_id(2)*CB + tl.arange(0, CB), tl.arange(0, KB)
+    in_c, before = c < channels, tl.zeros((CB,), ST)
+    for k0 in range(0, K, KB):
+        k = k0 + i
+        tile = tl.where(k < K, K - 1 - k if REVERSE else k, 0)
+        mask, at = (k < K)[:,None] & in_c[None], ((b*K + tile)*2*N + n)[:,None]*channels + c[None]
+        a, h = tl.associative_scan((tl.load(carry + at, mask=mask, other=1), tl.load(carry + at + N*channels, mask=mask, other=0)), 0, _after)
+        h += a*before[None]                                                     # after each tile
+        out = borders + ((b*K + tile)*N + n)[:,None]*channels + c[None]
+        step = -1 if REVERSE else 1
+        tl.store(out + step*N*channels, h, mask=mask & (k < K - 1)[:,None])
+        tl.store(out, tl.zeros((KB, CB), ST), mask=mask & (k == 0)[:,None])
+        before = tl.sum(tl.where((i == KB - 1)[:,None], h, 0.), 0)
+
+# %% ../nbs/02b_fused.ipynb #2cc22ba3
+@triton.jit
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "v of `per` tiles of an image and group, from the state that enters each."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
     u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
-    h_all = tl.zeros((NP, DB), ST)
-    for k in range(K):
-        t = k*T + tt
-        p = _place(t, walk, H, W)[:,None]
-        ok, there = (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
-        raw = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
-        S = tl.dot(raw, wx, input_precision='ieee')
-        x = raw.to(ST)
-        delta = tl.where(ok, _step(tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST), FAST), 0.)
-        w, y = delta*x, _vector(D, d, in_d, ST)*x
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        z = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
+        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = x.to(ST)
+        w, y = delta*x, Db*x
         for n in range(N):
             a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
-            decay, h = tl.associative_scan((a, w*_column(S, j, R + n).to(ST)), 0, _after)
-            h0 = tl.sum(tl.where(n_idx[:,None] == n, h_all, 0.), 0)
-            tl.store(borders + ((b*K + k)*N + n)*channels + e, h0, mask=in_d)
-            h += decay*h0[None]
-            h_all = tl.where(n_idx[:,None] == n, tl.sum(tl.where(tt[:,None] == T - 1, h, 0.), 0)[None], h_all)
-            y += _column(S, j, R + N + n).to(ST)*h
-        y, _rstd = _normalised(y, ok, unit, eps)
-        z = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
-        y = (y*_vector(gain, d, in_d, ST) + _vector(shift, d, in_d, ST))*z*_sigmoid(z, FAST)
-        tl.store(v + (p*channels + e[None]), y.to(v.dtype.element_ty), mask=there)
+            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
+        y = _normalised(y, ok, unit, eps)[0]
+        tl.store(v + (p*channels + e[None]), ((y*ga + sh)*z*_sigmoid(z, FAST)).to(v.dtype.element_ty), mask=there)
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
-    "(steps, warps) of a tile for groups of `unit` channels."
-    return (64, 2) if unit <= 16 else (32, 2) if unit <= 32 else (16, 4)
+    "(steps of a tile, warps of a program that looks at tiles one by one)."
+    return (64, 2) if unit <= 32 else (16, 2)
+
+def _per(tiles): return -(-tiles//max(1, tiles//8))     # tiles a program: about eight
 
 def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, eps, walks):
-    "(programs, scalars, meta, tiles) that both directions of time share."
+def _gated_launch(u, A, dt_weight, walks):
+    "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
-    steps, warps = _scan_plan(unit)
+    steps, warps = _scan_plan(wide)
     k = -(-(h*w)//steps)
-    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, NP=triton.next_power_of_2(n), RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
+    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
                 ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps)   # Triton's interpreter knows no bfloat16 products
-    return b*len(walks), (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, eps, unit), meta, k
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
+
+def _border_states(carry, reverse=False):
+    "(B, K, N, D) from (B, K, 2, N, D)."
+    b, k, _, n, d = carry.shape
+    borders, cb = carry.new_empty(b, k, n, d), min(64, triton.next_power_of_2(d))
+    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, triton.next_power_of_2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
+    return borders
 
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
-    n, scalars, meta, k = _gated_launch(u, A, dt_weight, eps, walks)
-    v, borders = _new(u), u.new_empty(len(u), k, A.shape[1], u.shape[3], dtype=_state_dtype(u))
-    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    with _on(u): _gated_forward[(n,)](u, zx, *params, v, borders, *scalars, **meta)
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks)
+    v, carry = _new(u), u.new_empty(len(u), k, 2, A.shape[1], u.shape[3], dtype=_state_dtype(u))
+    x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
+    with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
+    borders = _border_states(carry)
+    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, borders, *scalars, eps, unit, **meta)
     return v, borders
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
@@ -482,65 +553,82 @@ def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
     return dz, dout, rstd*(g - (tl.sum(g, 1)/unit)[:,None] - y*(tl.sum(g*y, 1)/unit)[:,None])
 
 @triton.jit
-def _state_back(a, w, h, gy, C, s_all, n_idx, n, tt):
-    "q of state n, from the gradient gy of y; the states' gradient s_all is carried to the tile before."
-    decay, q, _a = tl.associative_scan((tl.full(a.shape, 1, a.dtype), gy*C, a), 0, _before, reverse=True)
-    q += decay*tl.sum(tl.where(n_idx[:,None] == n, s_all, 0.), 0)[None]
-    return q, tl.where(n_idx[:,None] == n, tl.sum(tl.where(tt[:,None] == 0, a*q, 0.), 0)[None], s_all)
-
-@triton.jit
-def _states(a, w, borders, d, in_d):
+def _states(a, w, borders, e, in_d):
     "States of a tile from the one that enters it."
     decay, h = tl.associative_scan((a, w), 0, _after)
-    return h + decay*tl.load(borders + d, mask=in_d, other=0)[None]
+    return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
+
+@triton.jit
+def _states_back(a, g, borders, e, in_d):
+    "The states' gradients from those of y times C, and from the one that enters the tile from behind."
+    decay, q, _a = tl.associative_scan((tl.full(a.shape, 1, a.dtype), g, a), 0, _before, reverse=True)
+    return q + decay*tl.load(borders + e, mask=in_d, other=0)[None]
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dzx, dWx, dWdt, dA, small, H, W, walks, K, eps, unit,
-    FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "The tiles backwards. small: shares of the gradients of D, bias, gain and shift."
-    L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
-    c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
-    d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
-    e, in_e, channels = g*WIDE + c, c < WIDE, G*WIDE                            # where a map has these channels
-    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
-    Db, ga, sh = _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
-    dv += b*L*channels; u += b*L*channels; du += b*L*channels
-    zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
-    s_all = tl.zeros((NP, DB), ST); dA_all = tl.zeros((NP, DB), ST)
-    dD = tl.zeros((DB,), ST); dbias = dD; dgain = dD; dshift = dD
-    dwx = tl.zeros((DB, RP), ST); dwdt = tl.zeros((RP, DB), ST)
-    for i in range(K):
-        k = K - 1 - i
-        t = k*T + tt
-        p = _place(t, walk, H, W)[:,None]
-        ok, there = (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
-        ur = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
-        S, x = tl.dot(ur, wx, input_precision='ieee'), ur.to(ST)
-        raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST)
-        delta = tl.where(ok, _step(raw, FAST), 0.)
-        dx, y = delta*x, Db*x
-        wv, h = dx, y
-        for n in range(N):
-            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
-            h = _states(a, wv*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
-            y += _column(S, j, R + N + n).to(ST)*h
-        y, rstd = _normalised(y, ok, unit, eps)
+def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every tile does to a state's gradient."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
+    dv += b*L*channels; u += b*L*channels; gy += b*L*channels; zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
+    dgain = tl.zeros((DB,), ST); dshift = dgain
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
         zz = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
         gr = tl.load(dv + (p*channels + e[None]), mask=there, other=0).to(ST)
-        dz, dout, gy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
+        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = x.to(ST)
+        w, y = delta*x, Db*x
+        for n in range(N):
+            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
+        y, rstd = _normalised(y, ok, unit, eps)
+        dz, dout, dy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
+        dy = tl.where(ok, dy, 0.)
         tl.store(dzx + (p*(2*channels) + e[None]), dz.to(dzx.dtype.element_ty), mask=there)
-        gy = tl.where(ok, gy, 0.)
-        dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0); dD += tl.sum(gy*x, 0)
-        dx, dd, dS = Db*gy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST)
+        tl.store(gy + (p*channels + e[None]), dy.to(gy.dtype.element_ty), mask=there)
+        dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0)
+        total, so_far = tl.sum(delta, 0), tl.cumsum(delta, 0)
+        for n in range(N):
+            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            at = carry + ((b*K + k)*2*N + n)*channels + e
+            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
+            tl.store(at + N*channels, tl.sum(_exp2(so_far*An, FAST)*dy*_column(S, j, R + N + n).to(ST), 0), mask=in_d)
+    small += (b*tl.num_programs(1) + tl.program_id(1))*2*G*unit + d
+    tl.store(small, dgain, mask=in_d); tl.store(small + G*unit, dshift, mask=in_d)
+
+# %% ../nbs/02b_fused.ipynb #d30a0ea8
+@triton.jit
+def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, dWx, dWdt, dA, small, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Back through scan and selection. back: gradients of the states that leave the tiles. small: shares of the gradients of D and bias."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    c, n_idx, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+    bias, Db = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST)
+    gy += b*L*channels; u += b*L*channels; du += b*L*channels
+    dA_all, dwx, dwdt = tl.zeros((NP, DB), ST), tl.zeros((DB, RP), ST), tl.zeros((RP, DB), ST)
+    dD = tl.zeros((DB,), ST); dbias = dD
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        dy = tl.load(gy + (p*channels + e[None]), mask=there, other=0).to(ST)
+        ur, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = ur.to(ST)
+        dD += tl.sum(dy*x, 0)
+        dx, dd, dS, wv = Db*dy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST), delta*x
         for n in range(N):
             An = _vector(A + n, d*N, in_d, ST)
             a, Bn, Cn = _exp2(delta*(An*1.4426950408889634), FAST), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
-            w = wv*Bn
-            hn = h if N == 1 else _states(a, w, borders + ((b*K + k)*N + n)*channels, e, in_d)
-            q, s_all = _state_back(a, w, hn, gy, Cn, s_all, n_idx, n, tt)
-            dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(gy*hn, 1)[:,None], 0.)
-            f = q*(hn - w)                                                     # q_t a_t h_{t-1}
+            at, w = ((b*K + k)*N + n)*channels, wv*Bn
+            h = _states(a, w, borders + at, e, in_d)
+            q = _states_back(a, dy*Cn, back + at, e, in_d)
+            dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(dy*h, 1)[:,None], 0.)
+            f = q*(h - w)                                                       # q_t a_t h_{t-1}
             dA_all += tl.where(n_idx[:,None] == n, tl.sum(f*delta, 0)[None], 0.)
             dd += f*An + q*Bn*x
             dx += q*Bn*delta
@@ -551,23 +639,26 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dz
         dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
         dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
         tl.store(du + (p*channels + e[None]), dx.to(du.dtype.element_ty), mask=there)
-    tl.store(dA + (b*N + n_idx[:,None])*(G*unit) + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
-    tl.store(dWx + (b*G + g)*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
-    tl.store(dWdt + (b*G + g)*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
-    small += b*4*G*unit + d
+    share = b*tl.num_programs(1) + tl.program_id(1)
+    tl.store(dA + (share*N + n_idx[:,None])*(G*unit) + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
+    tl.store(dWx + (share*G + g)*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
+    tl.store(dWdt + (share*G + g)*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
+    small += share*2*G*unit + d
     tl.store(small, dD, mask=in_d); tl.store(small + G*unit, dbias, mask=in_d)
-    tl.store(small + 2*G*unit, dgain, mask=in_d); tl.store(small + 3*G*unit, dshift, mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
     "Gradients of u and of the parameters; that of z is written to the second half of dzx."
-    n, scalars, meta, _ = _gated_launch(u, A, dt_weight, eps, walks)
-    b, st = len(u), _state_dtype(u)
-    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    du, dWx, dWdt, dA, small = _new(u), *(u.new_empty(b, *s, dtype=st) for s in (x_proj.shape, dt_weight.shape, A.mT.shape, (4, len(A))))
-    with _on(u): _gated_backward[(n,)](dv, u, zx, *params, borders, du, dzx, dWx, dWdt, dA, small, *scalars, **meta)
-    grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0)
-    return du, *(_grad_of(p, g) for p,g in zip(params, grads))
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks)
+    shares, d, n, st = len(u)*grid[1], len(A), A.shape[1], _state_dtype(u)
+    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
+    def new(*s): return u.new_empty(*s, dtype=st)
+    gy, carry, norm = _new(u), new(len(u), k, 2, n, u.shape[3]), new(shares, 2, d)
+    with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta)
+    du, dWx, dWdt, dA, small = gy, new(shares, *x_proj.shape), new(shares, *dt_weight.shape), new(shares, n, d), new(shares, 2, d)     # a tile of gy is read before du takes its place
+    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, dWx, dWdt, dA, small, *scalars, unit, NP=triton.next_power_of_2(n), **meta)
+    grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0), *norm.sum(0)
+    return du, *(_grad_of(p, g) for p,g in zip((*params, norm_weight, norm_bias), grads))
 
 # %% ../nbs/02b_fused.ipynb #5547265b
 _PARAMS = 'Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, Tensor norm_weight, Tensor norm_bias, float eps, int[] walks'
