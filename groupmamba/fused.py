@@ -506,8 +506,8 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, wa
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
-    "(steps of a tile, warps of a program that looks at tiles one by one)."
-    return (64, 2) if unit <= 32 else (16, 2)
+    "Steps of a tile, and warps of `_gated_carry`, `_gated_forward`, `_gated_middle` and `_gated_backward`."
+    return (32, 1, 1, 2, 2) if unit <= 16 else (32, 2, 2, 2, 4) if unit <= 32 else (16, 4, 4, 4, 8)
 
 def _per(tiles): return -(-tiles//max(1, tiles//8))     # tiles a program: about eight
 
@@ -516,14 +516,14 @@ def _fits(unit, columns):
     return unit <= 128 and columns <= 32
 
 def _gated_launch(u, A, dt_weight, walks):
-    "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share."
+    "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share, and the warps of each."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
-    steps, warps = _scan_plan(wide)
+    steps, *warps = _scan_plan(wide)
     k = -(-(h*w)//steps)
     meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps)   # Triton's interpreter knows no bfloat16 products
-    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
+                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
 
 def _border_states(carry, reverse=False):
     "(B, K, N, D) from (B, K, 2, N, D)."
@@ -534,12 +534,12 @@ def _border_states(carry, reverse=False):
 
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
-    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks)
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
     v, carry = _new(u), u.new_empty(len(u), k, 2, A.shape[1], u.shape[3], dtype=_state_dtype(u))
     x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
+    with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta, num_warps=warps[0])
     borders = _border_states(carry)
-    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, borders, *scalars, eps, unit, **meta)
+    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, borders, *scalars, eps, unit, **meta, num_warps=warps[1])
     return v, borders
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
@@ -649,14 +649,14 @@ def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, dWx, dWdt, dA
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
     "Gradients of u and of the parameters; that of z is written to the second half of dzx."
-    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks)
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
     shares, d, n, st = len(u)*grid[1], len(A), A.shape[1], _state_dtype(u)
     params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
     def new(*s): return u.new_empty(*s, dtype=st)
     gy, carry, norm = _new(u), new(len(u), k, 2, n, u.shape[3]), new(shares, 2, d)
-    with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta)
+    with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
     du, dWx, dWdt, dA, small = gy, new(shares, *x_proj.shape), new(shares, *dt_weight.shape), new(shares, n, d), new(shares, 2, d)     # a tile of gy is read before du takes its place
-    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, dWx, dWdt, dA, small, *scalars, unit, NP=triton.next_power_of_2(n), **meta)
+    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, dWx, dWdt, dA, small, *scalars, unit, NP=triton.next_power_of_2(n), **meta, num_warps=warps[3])
     grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0), *norm.sum(0)
     return du, *(_grad_of(p, g) for p,g in zip((*params, norm_weight, norm_bias), grads))
 
