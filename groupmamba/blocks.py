@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from contextlib import contextmanager
 from torch.utils.flop_counter import register_flop_formula
-from .scan import _scan_backward_flops, _scan_flops, _state_dtype
+from .scan import _scan_flops, _state_dtype
 if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, constexpr=None)
 else:
     import triton
     import triton.language as tl
     from groupmamba.kernels import WALKS, _on
-from .fused import _act, _conv, _conv_backward, _fast, _gated, _gated_grads, _grad_of, _new, _no_autocast, _no_second_derivative, _parameter, _scan_plan, _tl
+from .fused import _conv, _conv_backward, _gated, _gated_grads, _gated_split, _new, _no_autocast, _no_second_derivative, _parameter, _scan_plan, _tl
 
 @triton.jit
 def _row_stats(x, C, real, eps, BM: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
@@ -43,28 +43,36 @@ def _block(w, n, k, in_n, in_k, sn, sk, DT: tl.constexpr):
     return tl.load(w + n[None]*sn + k[:,None]*sk, mask=in_n[None] & in_k[:,None], other=0).to(DT)
 
 @triton.jit
-def _rows_gemm(a, stats, gain, shift, w, bias, res, scale, y, M, N, K, L, eps, sa, sn, sk, EVEN: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, UNIT_OUT: tl.constexpr, WIDE_OUT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, RES: tl.constexpr, SCALE: tl.constexpr,
-    ST: tl.constexpr, DT: tl.constexpr):
-    "y = res + scale·(norm(a) wᵀ + bias); a (M, K), w (N, K), y and res (M, N)."
+def _rows_norm(x, gain, shift, y, stats, M, C, eps, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr, ST: tl.constexpr):
+    "LayerNorm of rows, and their mean and 1/deviation."
+    m, c = tl.program_id(0)*BM + tl.arange(0, BM), tl.arange(0, CP)
+    ok, in_c, real = m < M, c < C, C//WIDE*UNIT
+    row = tl.minimum(m, M - 1).to(tl.int64)
+    at, mask = row[:,None]*C + c[None], ok[:,None] & in_c[None]
+    v = tl.load(x + at, mask=mask, other=0).to(ST)
+    mean = tl.sum(v, 1)/real
+    rstd = 1/tl.sqrt(tl.maximum(tl.sum(v*v, 1)/real - mean*mean, 0) + eps)
+    tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
+    v = (v - mean[:,None])*rstd[:,None]*_vec(gain, c, in_c, UNIT, WIDE, ST)[None] + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
+    tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
+
+@triton.jit
+def _rows_gemm(a, w, bias, res, scale, y, M, N, K, L, sa, sn, sk, EVEN: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, HAS_BIAS: tl.constexpr, RES: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "y = res + scale·(a wᵀ + bias); a (M, K), w (N, K), y and res (M, N)."
     blocks = tl.cdiv(N, BN)
     m, n, kk = tl.program_id(0)//blocks*BM + tl.arange(0, BM), tl.program_id(0) % blocks*BN + tl.arange(0, BN), tl.arange(0, BK)
     ok, in_n = m < M, n < N
     row = tl.minimum(m, M - 1).to(tl.int64)
     x, wn = a + row[:,None]*sa, w + n[None]*sn
-    if NORM:
-        mean, rstd = _row_stats(x, K, K//WIDE*UNIT, eps, BM, BK, ST)
-        if tl.program_id(0) % blocks == 0:
-            tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
     acc = tl.zeros((BM, BN), ST)
     for k in range(0, K, BK):
         c = k + kk
-        if NORM: t = _normed(x, mean, rstd, gain, shift, c, c < K, UNIT, WIDE, ST).to(DT)
-        elif EVEN: t = tl.load(x + c[None]).to(DT)
+        if EVEN: t = tl.load(x + c[None]).to(DT)
         else: t = tl.load(x + c[None], mask=(c < K)[None], other=0).to(DT)
         b = tl.load(wn + c[:,None]*sk, mask=in_n[None] if EVEN else in_n[None] & (c < K)[:,None], other=0).to(DT)
         acc += tl.dot(t, b, input_precision='ieee').to(ST)
-    if HAS_BIAS: acc += _vec(bias, n, in_n, UNIT_OUT, WIDE_OUT, ST)[None]
+    if HAS_BIAS: acc += _vec(bias, n, in_n, UNIT, WIDE, ST)[None]
     mask, at = ok[:,None] & in_n[None], row[:,None]*N + n[None]
     if SCALE: acc *= tl.load(scale + row//L).to(ST)[:,None]
     if RES: acc += tl.load(res + at, mask=mask, other=0).to(ST)
@@ -127,6 +135,26 @@ def _gate(sums, w1, b1, w2, b2, mean, gate, L, C, R, tiles, UNIT: tl.constexpr, 
     h = tl.sum(tl.load(w1 + j[:,None]*real + p[None], mask=both, other=0).to(ST)*m[None], 1) + tl.load(b1 + j, mask=in_j, other=0).to(ST)
     s = tl.sum(tl.load(w2 + p[None]*R + j[:,None], mask=both, other=0).to(ST)*tl.maximum(h, 0)[:,None], 0) + tl.load(b2 + p, mask=in_p, other=0).to(ST)
     tl.store(gate + b*C + c, tl.sigmoid(s), mask=in_c)
+
+@triton.jit
+def _gate_back(q, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mean_out, dskip, L, C, R, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr,
+    ST: tl.constexpr):
+    "Back through the gate of one image, from the sums of dt·o·norm(x): gradients of its mean, hidden units and sigmoid's argument; the image's share of that of skip."
+    b, c, j = tl.program_id(0).to(tl.int64), tl.arange(0, CP), tl.arange(0, RP)
+    in_c, in_j, real = c < C, j < R, C//WIDE*UNIT
+    p, in_p = _parameter(c, in_c, UNIT, WIDE)
+    both = in_j[:,None] & in_p[None]
+    s = tl.zeros((CP,), ST)
+    for i in range(tiles): s += tl.load(q + (b*tiles + i)*C + c, mask=in_c, other=0)
+    g, m = tl.load(gate + b*C + c, mask=in_c, other=0), tl.load(mean + b*C + c, mask=in_c, other=0)
+    tl.store(dskip + b, tl.sum(s*g, 0))
+    d = tl.where(in_p, s*tl.load(skip).to(ST)*g*(1 - g), 0.)
+    w = tl.load(w1 + j[:,None]*real + p[None], mask=both, other=0).to(ST)
+    h = tl.maximum(tl.sum(w*m[None], 1) + tl.load(b1 + j, mask=in_j, other=0).to(ST), 0)
+    dh = tl.where(h > 0, tl.sum(tl.load(w2 + p[None]*R + j[:,None], mask=both, other=0).to(ST)*d[None], 1), 0.)
+    tl.store(dmean + b*C + c, tl.sum(w*dh[:,None], 0), mask=in_c)
+    tl.store(h_out + b*R + j, h, mask=in_j); tl.store(dh_out + b*R + j, dh, mask=in_j)
+    tl.store(d_out + b*real + p, d, mask=in_p); tl.store(mean_out + b*real + p, m, mask=in_p)
 
 @triton.jit
 def _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr, ST: tl.constexpr):
@@ -196,112 +224,105 @@ def _rows_norm_back(g, x, stats, gain, res, dx, part, M, C, rows, UNIT: tl.const
     tl.store(part, dgain, mask=in_c); tl.store(part + C, dshift, mask=in_c)
 
 @triton.jit
-def _rows_wgrad(dy, a, stats, gain, shift, dw, db, M, rows, sdy, sa, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HALVES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "Shares of dyᵀ norm(a), (splits, blocks·N, K), and of the sum of dy, (splits, N). Block z is half z % HALVES of group z // HALVES."
+def _rows_wgrad(dy, a, shares, M, rows, sdy, sa, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HALVES: tl.constexpr, BIAS: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Shares of dyᵀ a, blocks·N·K numbers, and behind them of the sum of dy, N numbers. Block z is half z % HALVES of group z // HALVES."
     nk = tl.cdiv(K, BK)
     z, split = tl.program_id(1), tl.program_id(2)
     n, k = tl.program_id(0)//nk*BN + tl.arange(0, BN), tl.program_id(0) % nk*BK + tl.arange(0, BK)
     in_n, in_k, g = n < N, k < K, z//HALVES
     dy += z % HALVES*C + g*N + n[None]
-    ka = g*K + k
-    if NORM:
-        gn, sh = _vec(gain, ka, in_k, UNIT, WIDE, ST)[None], _vec(shift, ka, in_k, UNIT, WIDE, ST)[None]
+    a += g*K + k[None]
     acc = tl.zeros((BN, BK), ST); sums = tl.zeros((BN,), ST)
     for i in range(0, rows, BT):
         m = split*rows + i + tl.arange(0, BT)
         ok, row = m < M, tl.minimum(m, M - 1).to(tl.int64)
         d = tl.load(dy + row[:,None]*sdy, mask=ok[:,None] & in_n[None], other=0)
-        t = tl.load(a + row[:,None]*sa + ka[None], mask=ok[:,None] & in_k[None], other=0)
-        if NORM: t = (t.to(ST) - tl.load(stats + 2*row).to(ST)[:,None])*tl.load(stats + 2*row + 1).to(ST)[:,None]*gn + sh
+        t = tl.load(a + row[:,None]*sa, mask=ok[:,None] & in_k[None], other=0)
         acc += tl.dot(tl.trans(d.to(DT)), t.to(DT), input_precision='ieee').to(ST)
         if BIAS: sums += tl.sum(d.to(ST), 0)
-    tl.store(dw + split.to(tl.int64)*SIZE + (z*N + n[:,None])*K + k[None], acc, mask=in_n[:,None] & in_k[None])
-    if BIAS and tl.program_id(0) % nk == 0: tl.store(db + split*N + n, sums, mask=in_n)
+    shares += split.to(tl.int64)*SIZE
+    tl.store(shares + (z*N + n[:,None])*K + k[None], acc, mask=in_n[:,None] & in_k[None])
+    if BIAS and tl.program_id(0) % nk == 0: tl.store(shares + tl.num_programs(1)*N*K + n, sums, mask=in_n)
 
 @triton.jit
-def _conv_gemm(h, k, kb, w, bias, res, scale, y, H, W, M, N, K, L, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "y = res + scale·(gelu(conv(h)) wᵀ + bias): the convolution is made on the way into the product. h (M, K) are maps of H rows and W columns."
-    blocks = tl.cdiv(N, BN)
-    m, n, kk = tl.program_id(0)//blocks*BM + tl.arange(0, BM), tl.program_id(0) % blocks*BN + tl.arange(0, BN), tl.arange(0, BK)
-    ok, in_n = m < M, n < N
-    row = tl.minimum(m, M - 1)
-    i, j = row % L//W, row % W
-    up, down, left, right = i > 0, i < H - 1, j > 0, j < W - 1
-    row = row.to(tl.int64)
-    x, wn = h + row[:,None]*K, w + tl.minimum(n, N - 1)[None]*K
-    acc = tl.zeros((BM, BN), ST)
-    for k0 in range(0, K, BK):
-        c = k0 + kk
-        t, q, in_k = x + c[None], k + c*9, c < K
-        s = tl.zeros((BM, BK), ST) + tl.load(kb + c, mask=in_k, other=0).to(ST)[None]
-        for d in tl.static_range(9):
-            there = (up if d < 3 else down if d > 5 else ok | True) & (left if d % 3 == 0 else right if d % 3 == 2 else ok | True)
-            v = tl.load(t + ((d//3 - 1)*W + (d % 3 - 1))*K, mask=there[:,None] & in_k[None], other=0).to(ST)
-            s += v*tl.load(q + d, mask=in_k, other=0).to(ST)[None]
-        b = tl.load(wn + c[:,None], mask=in_k[:,None], other=0).to(DT)
-        acc += tl.dot(_act(s, 'gelu', FAST).to(DT), b, input_precision='ieee').to(ST)
-    acc += _vec(bias, n, in_n, UNIT, WIDE, ST)[None]
-    mask, at = ok[:,None] & in_n[None], row[:,None]*N + n[None]
-    if SCALE: acc *= tl.load(scale + row//L).to(ST)[:,None]
-    acc += tl.load(res + at, mask=mask, other=0).to(ST)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
+def _wider(p, out, size, K, KP, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr, BLOCK: tl.constexpr):
+    "A matrix (N, K) with its groups of rows and of columns filled up with zeros, in another dtype."
+    i = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+    n, k = i//KP, i % KP
+    row, in_n = _parameter(n, i < size, UNIT_N, WIDE_N)
+    col, in_k = _parameter(k, in_n, UNIT_K, WIDE_K)
+    tl.store(out + i, tl.load(p + row*K + col, mask=in_k, other=0).to(out.dtype.element_ty), mask=i < size)
 
 # ---- plans and launches
 def _p2(n, least=16): return max(least, triton.next_power_of_2(n))
 def _types(x): return dict(ST=_tl(_state_dtype(x)), DT=_tl(x.dtype if x.is_cuda else _state_dtype(x)))   # Triton's interpreter knows no bfloat16 products
 
-PLANS = dict(
-    gemm=lambda m, n, k: (128, min(128, _p2(n)), min(64, _p2(k)), 4 if n <= 64 else 8, 3),
-    wide=lambda n, k: (128, min(128, _p2(n)), 4, 3),
-    conv_gemm=lambda n, k: (128, min(128, _p2(n)), 32, 8, 2),
-    fuse=lambda n: n <= 128,
-    rows=lambda unit, l: (64 if l >= 64 else 32, 8 if unit > 64 else 4),
-    wgrad=lambda n, k: (64, min(128, _p2(n)), min(128, _p2(k)), 8 if n*k > 8192 else 4, 3),
-    splits=lambda tiles, m: max(1, min(264//tiles, m//512)),
-    norm_back=lambda c: (max(1, 2048//_p2(c)) if c > 128 else 32, 4))
+PLANS = dict(                        # blocks, warps and stages, as an H100 likes them
+    gemm=lambda m, n, k: (128, 64, 64, 4, 3) if n <= 64 else (64, 128, 64, 4, 3) if n <= 128 or m < 8192 else (128, 128, 64, 4, 3),
+    wide=lambda n, k: (128, 128, 8, 3) if k <= 64 else (64, 64, 4, 3),
+    rows=lambda unit, l: (64, 4) if l >= 64 else (32, 4),
+    mix_back=lambda unit, l: (32, 4) if unit > 64 or l < 64 else (64, 4),
+    wgrad=lambda n, k: (128, min(64, _p2(n)), min(64, _p2(k)), 4, 3) if min(n, k) <= 64 else (64, min(128, _p2(n)), min(128, _p2(k)), 4, 3),
+    norm=lambda c: (32, 4) if c <= 128 else (4, 2))
 
-def gemm(a, w, bias=None, res=None, norm=None, scale=None, rows_per_image=1, units=None, out_units=None, plan=None):
-    "res + scale·(norm(a) wᵀ + bias), and the norm's statistics. a (M, K); w (N, K), any strides; norm = gain, shift, eps."
-    (m, k), n = a.shape, w.shape[0]
-    y = a.new_empty(m, n)
-    bm, bn, bk, warps, stages = (plan or PLANS['gemm'])(m, n, k)
-    stats = a.new_empty(m, 2, dtype=_state_dtype(a)) if norm else a
-    gain, shift, eps = norm or (a, a, 0.)
-    if k <= 128 and n >= 4*k and res is None and scale is None and plan is None:
-        bm, bn, warps, stages = PLANS['wide'](n, k)
-        with _on(a): _rows_wide[(triton.cdiv(m, bm),)](a, stats, gain, shift, w, a if bias is None else bias, y, m, n, k, eps, *w.stride(), BM=bm, BN=bn, BK=_p2(k), NORM=norm is not None,
-            HAS_BIAS=bias is not None, UNIT=(units or (k, k))[0], WIDE=(units or (k, k))[1], **_types(a), num_warps=warps, num_stages=stages)
-        return y, stats
-    with _on(a): _rows_gemm[(triton.cdiv(m, bm)*triton.cdiv(n, bn),)](a, stats, gain, shift, w, a if bias is None else bias, a if res is None else res, a if scale is None else scale, y,
-        m, n, k, rows_per_image, eps, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, NORM=norm is not None, HAS_BIAS=bias is not None, RES=res is not None,
-        SCALE=scale is not None, UNIT=(units or (k, k))[0], WIDE=(units or (k, k))[1], UNIT_OUT=(out_units or (n, n))[0], WIDE_OUT=(out_units or (n, n))[1], **_types(a), num_warps=warps, num_stages=stages)
+def _units(units, c): return dict(UNIT=units[0], WIDE=units[1]) if units else dict(UNIT=c, WIDE=c)
+
+def norm_rows(x, gain, shift, eps, units=None):
+    "LayerNorm of rows (M, C), and their statistics."
+    (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
+    y, stats = torch.empty_like(x), x.new_empty(m, 2, dtype=_state_dtype(x))
+    with _on(x): _rows_norm[(triton.cdiv(m, bm),)](x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c), ST=_tl(_state_dtype(x)), num_warps=warps)
     return y, stats
 
-def wgrad(dy, a, norm=None, stats=None, bias=False, groups=1, halves=1, units=None, plan=None):
-    "dyᵀ norm(a) in float32, (N, K), and the column sums of dy. Grouped: dy (M, halves·groups·N), a (M, groups·K) give (groups·halves·N, K)."
-    m, n, k = len(dy), dy.shape[1]//(groups*halves), a.shape[1]//groups
-    bt, bn, bk, warps, stages = (plan or PLANS['wgrad'])(n, k)
-    tiles = triton.cdiv(n, bn)*triton.cdiv(k, bk)
-    splits = PLANS['splits'](tiles*groups*halves, m)
-    rows = triton.cdiv(triton.cdiv(m, splits), bt)*bt
-    splits = triton.cdiv(m, rows)
-    st = _state_dtype(a)
-    dw, db = a.new_empty(splits, groups*halves*n, k, dtype=st), a.new_empty(splits if bias else 0, n, dtype=st)
-    gain, shift = norm or (a, a)
-    with _on(a): _rows_wgrad[(tiles, groups*halves, splits)](dy, a, a if stats is None else stats, gain, shift, dw, db, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=dw[0].numel(),
-        UNIT=(units or (k, k))[0], WIDE=(units or (k, k))[1], BT=bt, BN=bn, BK=bk, HALVES=halves, NORM=norm is not None, BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)
-    return dw.sum(0) if splits > 1 else dw[0], db.sum(0)
+def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
+    "res + scale·(a wᵀ + bias); a (M, K); w (N, K), any strides; bias and scale one a column and an image."
+    (m, k), n = a.shape, w.shape[0]
+    y = a.new_empty(m, n)
+    if k <= 128 and n >= 4*k and res is None and scale is None and units is None: return _wide(a, a, None, w, bias, y)
+    bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
+    with _on(a): _rows_gemm[(triton.cdiv(m, bm)*triton.cdiv(n, bn),)](a, w, a if bias is None else bias, a if res is None else res, a if scale is None else scale, y, m, n, k, rows_per_image,
+        a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
+        num_warps=warps, num_stages=stages)
+    return y
 
-def norm_back(g, x, stats, gain, res=None, units=None):
-    "res + the gradient of a LayerNorm's input, and those of its gain and shift, from that of its output. Rows (M, C)."
-    m, c = x.shape
-    bm, warps = PLANS['norm_back'](c)
-    rows = triton.cdiv(triton.cdiv(m, 528), bm)*bm
-    dx, part = torch.empty_like(x), x.new_empty(triton.cdiv(m, rows), 2, c, dtype=_state_dtype(x))
-    with _on(x): _rows_norm_back[(len(part),)](g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, UNIT=(units or (c, c))[0], WIDE=(units or (c, c))[1], BM=bm, CP=_p2(c), RES=res is not None, ST=_tl(_state_dtype(x)), num_warps=warps)
-    return dx, *part.sum(0)
+def _wide(a, stats, norm, w, bias, y, units=None):
+    "y = norm(a) wᵀ + bias for rows of at most 128 columns."
+    (m, k), n, (gain, shift, eps) = a.shape, w.shape[0], norm or (a, a, 0.)
+    bm, bn, warps, stages = PLANS['wide'](n, k)
+    with _on(a): _rows_wide[(triton.cdiv(m, bm),)](a, stats, gain, shift, w, a if bias is None else bias, y, m, n, k, eps, *w.stride(), BM=bm, BN=bn, BK=_p2(k), NORM=norm is not None,
+        HAS_BIAS=bias is not None, **_units(units, k), **_types(a), num_warps=warps, num_stages=stages)
+    return y
+
+def norm_gemm(x, norm, w, bias, units):
+    "norm(x) wᵀ + bias, and the norm's statistics: in one kernel where rows are short."
+    if x.shape[1] <= 128:
+        y, stats = x.new_empty(len(x), len(w)), x.new_empty(len(x), 2, dtype=_state_dtype(x))
+        return _wide(x, stats, norm, w, bias, y, units), stats
+    xn, stats = norm_rows(x, *norm, units)
+    return gemm(xn, w, bias), stats
+
+def wgrad(dy, a, bias=False, groups=1, halves=1):
+    "dyᵀ a in float32, (N, K), and behind it, in the same flat tensor, the column sums of dy. Grouped: dy (M, halves·groups·N), a (M, groups·K) give (groups·halves·N, K)."
+    m, n, k = len(dy), dy.shape[1]//(groups*halves), a.shape[1]//groups
+    bt, bn, bk, warps, stages = PLANS['wgrad'](n, k)
+    tiles, blocks = triton.cdiv(n, bn)*triton.cdiv(k, bk), groups*halves
+    rows = triton.cdiv(triton.cdiv(m, max(1, min(264//(tiles*blocks), m//256))), bt)*bt
+    shares = a.new_empty(triton.cdiv(m, rows), blocks*n*k + n*bias, dtype=_state_dtype(a))
+    with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves, BIAS=bias,
+        **_types(a), num_warps=warps, num_stages=stages)
+    return shares.sum(0)
+
+def norm_back(g, x, stats, gain, part, res=None, units=None):
+    "res + the gradient of a LayerNorm's input from that of its output; shares of those of gain and shift go to `part`. Rows (M, C)."
+    (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
+    rows = triton.cdiv(triton.cdiv(m, len(part)), bm)*bm
+    dx = torch.empty_like(x)
+    with _on(x): _rows_norm_back[(len(part),)](g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, **_units(units, c), BM=bm, CP=_p2(c), RES=res is not None,
+        ST=_tl(_state_dtype(x)), num_warps=warps)
+    return dx
+
+def _parts(x, n=1): return x.new_empty(n, min(528, x.shape[0]), 2, x.shape[1], dtype=_state_dtype(x))
 
 def widen(p, unit, wide, dims=(0,)):
     "A parameter with every group of `unit` numbers along `dims` filled up with zeros to `wide`."
@@ -316,37 +337,38 @@ def narrow(p, unit, wide, dims=(0,)):
     for d in dims: p = p.unflatten(d, (-1, wide)).narrow(d + 1, 0, unit).flatten(d, d + 1)
     return p
 
-def conv_gemm(h, k, kb, w, bias, res, scale, units, plan=None):
-    b, hh, ww, m = h.shape
-    y, n = torch.empty_like(res), w.shape[0]
-    bm, bn, bk, warps, stages = (plan or PLANS['conv_gemm'])(n, m)
-    with _on(h): _conv_gemm[(triton.cdiv(b*hh*ww, bm)*triton.cdiv(n, bn),)](h, k, kb, w, bias, res, res if scale is None else scale, y, hh, ww, b*hh*ww, n, m, hh*ww,
-        BM=bm, BN=bn, BK=bk, SCALE=scale is not None, FAST=_fast(h), UNIT=units[0], WIDE=units[1], **_types(h), num_warps=warps, num_stages=stages)
-    return y
-
 def _cast(params, dtype, unit, wide, dims):
-    "Matrices in the dtype of the products, in one launch; groups filled up along `dims` of each."
-    if wide != unit: return [widen(p.to(dtype), unit, wide, d) for p, d in zip(params, dims)]
-    if all(p.dtype == dtype for p in params): return [p.contiguous() for p in params]
-    out = [torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) for p in params]
-    torch._foreach_copy_(out, list(params))
+    "Matrices in the dtype of the products, groups filled up along `dims` of each."
+    if wide == unit:
+        if all(p.dtype == dtype for p in params): return [p.contiguous() for p in params]
+        out = [torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) for p in params]
+        torch._foreach_copy_(out, list(params))
+        return out
+    out = []
+    for p, d in zip(params, dims):
+        n, k = (p.shape[i]//unit*wide if i in d else p.shape[i] for i in (0, 1))
+        out.append(p.new_empty(n, k, dtype=dtype))
+        rows, cols = ((unit, wide) if i in d else (p.shape[i], p.shape[i]) for i in (0, 1))
+        with _on(p): _wider[(triton.cdiv(n*k, 1024),)](p.contiguous(), out[-1], n*k, p.shape[1], k, UNIT_N=rows[0], WIDE_N=rows[1], UNIT_K=cols[0], WIDE_K=cols[1], BLOCK=1024)
     return out
 
-def _tiles(x, unit):
+def _tiles(x, unit, plan='rows'):
     "(B, L, C), rows and warps a program, tiles an image."
     b, l, c = len(x), x.shape[1]*x.shape[2], x.shape[3]
-    bm, warps = PLANS['rows'](unit, l)
+    bm, warps = PLANS[plan](unit, l)
     return b, l, c, bm, warps, triton.cdiv(l, bm)
 
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))
+def _rows(x): return x.flatten(0, 2)
+def _scaled(dy, scale): return _rows(dy if scale is None else (dy*scale.view(-1, 1, 1, 1)).to(dy.dtype))
 
 def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias, eps, geps, walks):
-    G, wide = len(walks), x.shape[3]//len(walks)
+    "y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image and its gate."
+    G, wide, st, types = len(walks), x.shape[3]//len(walks), _state_dtype(x), _types(x)
     unit = len(gain)//G
-    groups = dict(UNIT=unit, WIDE=wide)
-    w_in, w_out, w = _cast((w_in, w_out, w), x.dtype, unit, wide, MIXER_DIMS)
+    groups, units = dict(UNIT=unit, WIDE=wide), (unit, wide)
+    w_in, w_out, w = _cast((w_in, w_out, w), x.dtype, *units, MIXER_DIMS)
     b, l, c, bm, warps, tiles = _tiles(x, wide)
-    st, types = _state_dtype(x), _types(x)
     zx, stats, sums = x.new_empty(*x.shape[:3], 2*c), x.new_empty(b*l, 2, dtype=st), x.new_empty(b*tiles, c, dtype=st)
     gp = G if wide <= 32 else 1
     with _on(x):
@@ -356,78 +378,82 @@ def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt
     u = _conv(zx[...,:c], k, kb, 'silu', unit=unit if wide > unit else None)
     v, borders = _gated(u, zx, x_proj, dt_w, -torch.exp(A_log), D, dt_b, ng, nb, geps, walks)
     with _on(x): _rows_mix[(b*tiles, G)](v, x, stats, gain, shift, w_out, skip, gate, t, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **types, num_warps=warps)
-    y, tstats = gemm(t.flatten(0, 2), w, bias, x.flatten(0, 2), (gain, shift, eps), scale, l, (unit, wide), (unit, wide))
+    tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
+    y = gemm(tn, w, bias, _rows(x), scale, l, units)
     return y.view_as(x), zx, u, borders, v, t, stats, tstats, mean, gate
 
 def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias, eps, geps, walks):
-    G, wide = len(walks), x.shape[3]//len(walks)
+    "Gradients of x and, several parameters in one tensor, of the rest: `_mixer_grads` takes them apart."
+    G, wide, types = len(walks), x.shape[3]//len(walks), _types(x)
     unit = len(gain)//G
-    units, groups, some = (unit, wide), dict(UNIT=unit, WIDE=wide), unit if wide > unit else None
-    cw_in, cw_out, cw = _cast((w_in, w_out, w), x.dtype, unit, wide, MIXER_DIMS)
-    b, l, c, bm, warps, tiles = _tiles(x, wide)
-    types = _types(x)
-    def rows(m): return m.flatten(0, 2)
-    ds = rows(dy if scale is None else (dy*scale.view(-1, 1, 1, 1)).to(dy.dtype))
-    dtn, _ = gemm(ds, cw.t())
-    dw, dbias = wgrad(ds, rows(t), (gain, shift), tstats, bias=True, units=units)
-    dt, dgain, dshift = norm_back(dtn, rows(t), tstats, gain, units=units)
-    do, dv, dxn, q = _new(x), _new(x), dtn, x.new_empty(b, tiles, c, dtype=_state_dtype(x))
+    units, groups = (unit, wide), dict(UNIT=unit, WIDE=wide)
+    cw_in, cw_out, cw = _cast((w_in, w_out, w), x.dtype, *units, MIXER_DIMS)
+    b, l, c, bm, warps, tiles = _tiles(x, wide, 'mix_back')
+    ds, part = _scaled(dy, scale), _parts(_rows(x), 2)
+    dtn = gemm(ds, cw.t())
+    dw = wgrad(ds, norm_rows(_rows(t), gain, shift, eps, units)[0], bias=True)
+    dt = norm_back(dtn, _rows(t), tstats, gain, part[0], units=units)
+    def new(*s): return x.new_empty(*s, dtype=_state_dtype(x))
+    do, dv, dxn, q = _new(x), _new(x), dtn, new(b, tiles, c)
     with _on(x): _rows_mix_back[(b*tiles, G)](dt, v, x, stats, gain, shift, cw_out, skip, gate, do, dv, dxn, q, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **types, num_warps=warps)
-    dw_out, _ = wgrad(rows(do), rows(v), groups=G)
-    q = q.sum(1)
-    dskip = (q*gate).sum()
-    dmean, dw1, db1, dw2, db2 = _gate_back(q*skip, mean, gate, w1, b1, w2, *units)
-    A = -torch.exp(A_log)
-    dzx = _new(zx)
-    du, dx_proj, ddt_w, dA, dD, ddt_b, dng, dnb = _gated_grads(dv, u, zx, borders, x_proj, dt_w, A, D, dt_b, ng, nb, geps, walks, dzx)
-    _, dk, dkb, _ = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=some)
+    dw_out = wgrad(_rows(do), _rows(v), groups=G)
+    r = len(b1)
+    dmean, h, dh, d, m, dskip = new(b, c), new(b, r), new(b, r), new(b, G*unit), new(b, G*unit), new(b)
+    with _on(x): _gate_back[(b,)](q, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, l, c, r, tiles, CP=_p2(c), RP=_p2(r), **groups, ST=types['ST'], num_warps=8)
+    with _no_autocast(x): dgate = dh.t() @ m, dh.sum(0), d.t() @ h, d.sum(0)
+    A, dzx = -torch.exp(A_log), _new(zx)
+    du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, A, D, dt_b, ng, nb, geps, walks, dzx)
+    taps = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=unit if wide > unit else None)[1]
+    b, l, c, bm, warps, tiles = _tiles(x, wide)
     with _on(x): _rows_in_back[(b*tiles, G)](dzx, cw_in, dmean, dxn, l, c, tiles, WIDE=wide, BM=bm, UP=_p2(wide), **types, num_warps=warps)
-    dw_in, _ = wgrad(rows(dzx), rows(x), (gain, shift), stats, groups=G, halves=2, units=units)
-    dx, dg2, ds2 = norm_back(dxn, rows(x), stats, gain, rows(dy), units)
-    grads = dgain + dg2, dshift + ds2, dw1, db1, dw2, db2, dw_in, dk, dkb, dx_proj, ddt_w, dA*A, dD, ddt_b, dng, dnb, dw_out, dskip, dw, dbias
-    if some:
-        dims = (0,), (0,), None, None, None, None, (0, 1), None, None, None, None, None, None, None, None, None, (0, 1), None, (0, 1), (0,)
-        grads = [g if d is None else narrow(g, *units, d) for g, d in zip(grads, dims)]
-    params = gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias
-    return dx.view_as(x), *(_grad_of(p, g) for p, g in zip(params, grads))
+    dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
+    dx = norm_back(dxn, _rows(x), stats, gain, part[1], _rows(dy), units)
+    return dx.view_as(x), part.sum((0, 1)), *dgate, dw_in, taps, dscan, dnorm, dw_out, dskip.sum().view(1), dw
 
-def _gate_back(dgate, mean, gate, w1, b1, w2, unit, wide):
-    "Gradients of the mean (in the map's channels) and of the gate's four parameters."
-    dgate, mean, gate = (narrow(p, unit, wide, (1,)) for p in (dgate, mean, gate))
-    w1, b1, w2 = (p.to(dgate.dtype) for p in (w1, b1, w2))
-    h = torch.relu(mean @ w1.t() + b1)
-    d = dgate*gate*(1 - gate)
-    dh = (d @ w2)*(h > 0)
-    return widen(dh @ w1, unit, wide, (1,)), dh.t() @ mean, dh.sum(0), d.t() @ h, d.sum(0)
+def _mixer_grads(grads, params, wide):
+    "The gradient of every parameter, from what `mixer_backward` returns."
+    norm, g1, gb1, g2, gb2, dw_in, taps, dscan, dnorm, dw_out, dskip, dw = grads
+    gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias = params
+    unit, c = len(gain)//4, 4*wide
+    dgain, dshift = narrow(norm, unit, wide, (1,))
+    dx_proj, ddt_w, dA, dD, ddt_b, dng, dnb = _gated_split(dscan, dnorm, x_proj, dt_w, A_log)
+    taps = narrow(taps, unit, wide, (1,))
+    both = (0, 1)
+    out = (dgain, dshift, g1, gb1, g2, gb2, narrow(dw_in.view(2*c, wide), unit, wide, both), taps[:9].t(), taps[9], dx_proj, ddt_w, -dA*torch.exp(A_log), dD, ddt_b, dng, dnb,
+           narrow(dw_out.view(c, wide), unit, wide, both), dskip, narrow(dw[:c*c].view(c, c), unit, wide, both), narrow(dw[c*c:], unit, wide))
+    return [g.reshape(p.shape).to(p.dtype) for g, p in zip(out, params)]
 
 def ffn_forward(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
-    unit, wide = len(gain)//4, x.shape[3]//4
-    w1, w2 = _cast((w1, w2), x.dtype, unit, wide, FFN_DIMS)
-    rows, l = x.flatten(0, 2), x.shape[1]*x.shape[2]
-    h, stats = gemm(rows, w1, b1, None, (gain, shift, eps), units=(unit, wide))
+    "y, and for the backward pass h and the statistics of x."
+    units, l = (len(gain)//4, x.shape[3]//4), x.shape[1]*x.shape[2]
+    w1, w2 = _cast((w1, w2), x.dtype, *units, FFN_DIMS)
+    h, stats = norm_gemm(_rows(x), (gain, shift, eps), w1, b1, units)
     h = h.view(*x.shape[:3], -1)
-    if PLANS['fuse'](w2.shape[0]): y = conv_gemm(h, k, kb, w2, b2, x, scale, (unit, wide))
-    else: y, _ = gemm(_conv(h, k, kb, 'gelu').flatten(0, 2), w2, b2, rows, None, scale, l, out_units=(unit, wide))
-    return y.view_as(x), h, stats
+    return gemm(_rows(_conv(h, k, kb, 'gelu')), w2, b2, _rows(x), scale, l, units).view_as(x), h, stats
 
 def ffn_backward(dy, x, h, stats, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
+    "Gradients of x and, several parameters in one tensor, of the rest: `_ffn_grads` takes them apart."
     units = len(gain)//4, x.shape[3]//4
     cw1, cw2 = _cast((w1, w2), x.dtype, *units, FFN_DIMS)
-    def rows(m): return m.flatten(0, 2)
-    ds = rows(dy if scale is None else (dy*scale.view(-1, 1, 1, 1)).to(dy.dtype))
-    da = gemm(ds, cw2.t())[0].view_as(h)
-    dh, dk, dkb, a = _conv_backward(da, h, k, kb, 'gelu', save_y=True)
-    dw2, db2 = wgrad(ds, rows(a), bias=True)
-    del a, da
-    dxn, _ = gemm(rows(dh), cw1.t())
-    dw1, db1 = wgrad(rows(dh), rows(x), (gain, shift), stats, bias=True, units=units)
-    dx, dgain, dshift = norm_back(dxn, rows(x), stats, gain, rows(dy), units)
-    grads = dgain, dshift, dw1, db1, dk, dkb, dw2, db2
-    if units[0] != units[1]:
-        dims = (0,), (0,), (1,), None, None, None, (0,), (0,)
-        grads = [g if d is None else narrow(g, *units, d) for g, d in zip(grads, dims)]
-    params = gain, shift, w1, b1, k, kb, w2, b2
-    return dx.view_as(x), *(_grad_of(p, g) for p, g in zip(params, grads))
+    ds, part = _scaled(dy, scale), _parts(_rows(x))
+    da = gemm(ds, cw2.t()).view_as(h)
+    dh, taps, a = _conv_backward(da, h, k, kb, 'gelu', save_y=True)
+    del da
+    dw2 = wgrad(ds, _rows(a), bias=True)
+    del a
+    dxn = gemm(_rows(dh), cw1.t())
+    dw1 = wgrad(_rows(dh), norm_rows(_rows(x), gain, shift, eps, units)[0], bias=True)
+    dx = norm_back(dxn, _rows(x), stats, gain, part[0], _rows(dy), units)
+    return dx.view_as(x), part.sum((0, 1)), dw1, taps, dw2
+
+def _ffn_grads(grads, params, wide):
+    "The gradient of every parameter, from what `ffn_backward` returns."
+    norm, dw1, taps, dw2 = grads
+    gain, shift, w1, b1, k, kb, w2, b2 = params
+    unit, c, m = len(gain)//4, 4*wide, len(b1)
+    dgain, dshift = narrow(norm, unit, wide, (1,))
+    out = (dgain, dshift, narrow(dw1[:m*c].view(m, c), unit, wide, (1,)), dw1[m*c:], taps[:9].t(), taps[9], narrow(dw2[:c*m].view(c, m), unit, wide), narrow(dw2[c*m:], unit, wide))
+    return [g.reshape(p.shape).to(p.dtype) for g, p in zip(out, params)]
 
 # ---- operators
 _MIXER = 'gain shift fc1 fc1_bias fc2 fc2_bias in_proj conv conv_bias x_proj dt_weight A_log D dt_bias scan_gain scan_shift out_proj skip proj proj_bias'.split()
@@ -437,10 +463,34 @@ def _list(names): return ', '.join(f'Tensor {n}' for n in names)
 _mixer_op = torch.library.custom_op('groupmamba::mixer_block', mixer_forward, mutates_args=(),
     schema=f'(Tensor x, Tensor? scale, {_list(_MIXER)}, float eps, float scan_eps, int[] walks) -> ({", ".join(["Tensor"]*10)})')
 _mixer_backward_op = torch.library.custom_op('groupmamba::mixer_block_backward', mixer_backward, mutates_args=(),
-    schema=f'(Tensor dy, Tensor x, Tensor zx, Tensor u, Tensor borders, Tensor v, Tensor t, Tensor stats, Tensor tstats, Tensor mean, Tensor gate, Tensor? scale, {_list(_MIXER)}, float eps, float scan_eps, int[] walks) -> ({", ".join(["Tensor"]*21)})')
+    schema=f'(Tensor dy, Tensor x, Tensor zx, Tensor u, Tensor borders, Tensor v, Tensor t, Tensor stats, Tensor tstats, Tensor mean, Tensor gate, Tensor? scale, {_list(_MIXER)}, float eps, float scan_eps, int[] walks) -> ({", ".join(["Tensor"]*13)})')
 _ffn_op = torch.library.custom_op('groupmamba::ffn_block', ffn_forward, mutates_args=(), schema=f'(Tensor x, Tensor? scale, {_list(_FFN)}, float eps) -> (Tensor, Tensor, Tensor)')
 _ffn_backward_op = torch.library.custom_op('groupmamba::ffn_block_backward', ffn_backward, mutates_args=(),
-    schema=f'(Tensor dy, Tensor x, Tensor h, Tensor stats, Tensor? scale, {_list(_FFN)}, float eps) -> ({", ".join(["Tensor"]*9)})')
+    schema=f'(Tensor dy, Tensor x, Tensor h, Tensor stats, Tensor? scale, {_list(_FFN)}, float eps) -> ({", ".join(["Tensor"]*5)})')
+
+def _norm_forward(x, gain, shift, eps): return tuple(t.view(s) for t, s in zip(norm_rows(x.flatten(0, -2), gain, shift, eps), (x.shape, (*x.shape[:-1], 2))))
+
+def _norm_backward(dy, x, stats, gain):
+    part = _parts(x.flatten(0, -2))
+    return norm_back(dy.flatten(0, -2), x.flatten(0, -2), stats, gain, part[0]).view_as(x), part.sum((0, 1))
+
+_norm_op = torch.library.custom_op('groupmamba::rows_norm', _norm_forward, mutates_args=(), schema='(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor)')
+_norm_backward_op = torch.library.custom_op('groupmamba::rows_norm_backward', _norm_backward, mutates_args=(), schema='(Tensor dy, Tensor x, Tensor stats, Tensor gain) -> (Tensor, Tensor)')
+
+@_norm_op.register_fake
+def _(x, gain, shift, eps): return _new(x), x.new_empty(*x.shape[:-1], 2, dtype=_state_dtype(x))
+
+@_norm_backward_op.register_fake
+def _(dy, x, stats, gain): return _new(x), x.new_empty(2, x.shape[-1], dtype=_state_dtype(x))
+
+def _save_norm(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1], *inputs[1:3])
+
+def _norm_vjp(ctx, dy, dstats):
+    x, stats, gain, shift = ctx.saved_tensors
+    dx, d = torch.ops.groupmamba.rows_norm_backward(torch.zeros_like(x) if dy is None else dy.contiguous(), x, stats, gain)
+    return dx, d[0].to(gain.dtype), d[1].to(shift.dtype), None
 
 @_mixer_op.register_fake
 def _(x, scale, *args):
@@ -450,13 +500,20 @@ def _(x, scale, *args):
     return _new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), _new(x), new(b*h*w, 2), new(b*h*w, 2), new(b, c), new(b, c)
 
 @_mixer_backward_op.register_fake
-def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale, *args): return _new(x), *(_new(p) for p in args[:20])
+def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale, *args):
+    def new(*s): return x.new_empty(*s, dtype=_state_dtype(x))
+    c, r, wide, real = x.shape[3], args[2].shape[0], x.shape[3]//len(args[-1]), args[0].shape[0]
+    rank, n = args[10].shape[1], args[11].shape[1]
+    return (_new(x), new(2, c), new(r, real), new(r), new(real, r), new(real), new(2*c*wide), new(10, c), new(real*(2*rank + 3*n + 2)), new(2, real), new(c*wide), new(1), new(c*c + c))
 
 @_ffn_op.register_fake
 def _(x, scale, *args): return _new(x), x.new_empty(*x.shape[:3], args[2].shape[0]), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x))
 
 @_ffn_backward_op.register_fake
-def _(dy, x, h, stats, scale, *args): return _new(x), *(_new(p) for p in args[:8])
+def _(dy, x, h, stats, scale, *args):
+    def new(*s): return x.new_empty(*s, dtype=_state_dtype(x))
+    c, m = x.shape[3], h.shape[3]
+    return _new(x), new(2, c), new(m*c + m), new(10, m), new(m*c + c)
 
 def _save(n):
     def save(ctx, inputs, output):
@@ -468,16 +525,17 @@ def _save(n):
 def _mixer_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dx, *grads = torch.ops.groupmamba.mixer_block_backward(torch.zeros_like(x) if dy is None else dy.contiguous(), x, *saved, *ctx.options)
-    return dx, None, *grads, None, None, None
+    return dx, None, *_mixer_grads(grads, saved[-20:], x.shape[3]//4), None, None, None
 
 def _ffn_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dx, *grads = torch.ops.groupmamba.ffn_block_backward(torch.zeros_like(x) if dy is None else dy.contiguous(), x, *saved, *ctx.options)
-    return dx, None, *grads, None
+    return dx, None, *_ffn_grads(grads, saved[-8:], x.shape[3]//4), None
 
 _mixer_op.register_autograd(_mixer_vjp, setup_context=_save(20))
 _ffn_op.register_autograd(_ffn_vjp, setup_context=_save(8))
-for _op in (_mixer_backward_op, _ffn_backward_op): _op.register_autograd(_no_second_derivative)
+_norm_op.register_autograd(_norm_vjp, setup_context=_save_norm)
+for _op in (_mixer_backward_op, _ffn_backward_op, _norm_backward_op): _op.register_autograd(_no_second_derivative)
 
 @register_flop_formula(torch.ops.groupmamba.mixer_block)
 def _mixer_flops(x, scale, gain, shift, fc1, fc1_bias, fc2, fc2_bias, in_proj, conv, conv_bias, x_proj, dt_weight, A_log, *args, out_shape=None, **kwargs):
@@ -515,3 +573,11 @@ def mixer_block(x, scale, params, eps, scan_eps, directions):
 
 def ffn_block(x, scale, params, eps):
     return torch.ops.groupmamba.ffn_block(x.contiguous(), scale, *params, eps)[0]
+
+def layer_norm(
+    x:Tensor, # map (..., C)
+    norm, # `nn.LayerNorm(C)`
+)->Tensor: # same shape; in 16 bits where blocks are fused
+    "`norm(x)`, by one kernel in 16 bits where fused blocks run."
+    dtype = fused_dtype(x) if isinstance(norm, torch.nn.LayerNorm) else None
+    return norm(x) if dtype is None else torch.ops.groupmamba.rows_norm(x.to(dtype).contiguous(), norm.weight, norm.bias, norm.eps)[0]

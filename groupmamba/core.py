@@ -14,7 +14,10 @@ from functools import partial
 from importlib.util import find_spec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+import torch
+import torch.nn.functional as F
 from .scan import _state_dtype
+from .blocks import fused_dtype, layer_norm
 from .vsss import FFN, GroupLayerNorm, GroupLinear, MambaMixer, init_weights
 from .grouped import FOUR, GroupedMamba
 from .cam import ChannelAffinity, cam
@@ -83,7 +86,25 @@ class Downsample(nn.Module):
     def forward(self,
         x:Tensor, # image map (B, H, W, in_dim)
     )->Tensor: # image map (B, ⌈H/2⌉, ⌈W/2⌉, dim)
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return layer_norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.norm)
+
+# %% ../nbs/06_core.ipynb #770cd570
+def pair_pixels(
+    x:Tensor, # images (B, C, H, W), H and W even
+    w:Tensor, # 7×7 taps (O, C, 7, 7)
+)->tuple: # 2×2 blocks with a border (B, 4C, H/2 + 3, W/2 + 3), and 4×4 taps (O, 4C, 4, 4)
+    "A 7×7 convolution of stride 2 and padding 3 as one of 4×4, stride 1 and no padding, over blocks of pixels: more channels keep a GPU's matrix units busy."
+    x = F.pad(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last), (2, 1, 2, 1))
+    return x, F.pad(w, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+def fold_norm(
+    w:Tensor, # taps of the convolution before
+    norm:nn.BatchNorm2d, # with running statistics
+    dtype:torch.dtype, # of the result
+)->tuple: # taps and bias of a convolution that needs no norm after it
+    "BatchNorm in evaluation is a line for each channel; put it into the weights."
+    s = norm.weight*torch.rsqrt(norm.running_var + norm.eps)
+    return (w*s.view(-1, 1, 1, 1)).to(dtype, memory_format=torch.channels_last), (norm.bias - norm.running_mean*s).to(dtype)
 
 # %% ../nbs/06_core.ipynb #770cd57a
 class Stem(nn.Module):
@@ -104,7 +125,21 @@ class Stem(nn.Module):
     def forward(self,
         x:Tensor, # images (B, in_chans, H, W)
     )->Tensor: # image map (B, ⌈H/4⌉, ⌈W/4⌉, dim)
-        return self.down(self.conv(x).permute(0, 2, 3, 1))
+        dtype = fused_dtype(x)
+        return self.down((self.conv(x) if dtype is None else self.fused(x, dtype)).permute(0, 2, 3, 1))
+
+    def fused(self,
+        x:Tensor, # images (B, in_chans, H, W)
+        dtype:torch.dtype, # 16 bits
+    )->Tensor: # (B, hidden, ⌈H/2⌉, ⌈W/2⌉), channels last
+        "`self.conv` with its first convolution on 2×2 blocks of pixels and, where nothing is learnt, BatchNorm folded into the weights."
+        x = x.to(dtype, memory_format=torch.channels_last)
+        for conv, norm, act in zip(self.conv[::3], self.conv[1::3], self.conv[2::3]):
+            w, options = conv.weight, (conv.stride, conv.padding)
+            if w.shape[2:] == (7, 7) and conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0: x, w, options = *pair_pixels(x, w), (1, 0)
+            if norm.training or torch.is_grad_enabled(): x = act(norm(F.conv2d(x, w.to(dtype), None, *options)))
+            else: x = F.relu_(F.conv2d(x, *fold_norm(w, norm, dtype), *options))
+        return x
 
 # %% ../nbs/06_core.ipynb #b0950e1c
 class Stage(nn.Module):
@@ -121,7 +156,7 @@ class Stage(nn.Module):
     def forward(self,
         x:Tensor, # image map of the stage before, or what `downsample` takes
     )->Tensor: # image map (B, H, W, dim), normalised
-        return self.norm(self.run_blocks(self.downsample(x)))
+        return layer_norm(self.run_blocks(self.downsample(x)), self.norm)
 
     def run_blocks(self,
         x:Tensor, # (B, H, W, dim)

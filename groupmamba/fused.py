@@ -172,9 +172,9 @@ def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, 
 # %% ../nbs/02b_fused.ipynb #c6964398
 def _conv_plan(h, w, c, backward):
     "(columns, channels, rows, warps) of a program."
-    if backward: cols, chans, rows = (16, 16, h) if w <= 14 else (8, 32, h)
-    else: cols, chans, rows = (4, 128, 28) if c >= 128 else (8, 64, 28)
-    return min(cols, triton.next_power_of_2(w)), min(chans, triton.next_power_of_2(c)), min(rows, h), 4
+    if backward: cols, chans, rows, warps = (4, 32, h, 1) if w <= 14 else (4, 64, h, 2)
+    else: cols, chans, rows, warps = (4, 128, 28, 4) if c >= 128 and w > 14 else (8, 64, 28, 4)
+    return min(cols, triton.next_power_of_2(w)), min(chans, triton.next_power_of_2(c)), min(rows, h), warps
 
 def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
@@ -248,7 +248,7 @@ def _grad_of(p, g):
     return g.reshape(p.shape).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
 def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
-    "Gradients of x (written to `out` if given), weight and bias (empty if there is none), and the activation itself if `save_y`."
+    "Gradient of x (written to `out` if given), those of taps and bias side by side (10, channels), and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
     n, blocks, meta = _conv_launch(x, True, unit)
     ds = dy if act=='none' else _new(x)
@@ -256,16 +256,21 @@ def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
     share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
     with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, ds, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *ds.stride()[:3], *blocks,
                                         ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
-    dx, share = _conv(ds, weight, None, 'none', out, True, unit), share.sum(0)
+    return _conv(ds, weight, None, 'none', out, True, unit), share.sum(0), y
+
+def _tap_grads(share, weight, bias, unit=None):
+    "Gradients of weight and bias from what `_conv_backward` sums up, (10, channels)."
     if unit: share = share.unflatten(1, (4, -1))[...,:unit].flatten(1)
-    return dx, _grad_of(weight, share[:9].t()), x.new_empty(0) if bias is None else _grad_of(bias, share[9]), y
+    return _grad_of(weight, share[:9].t()), weight.new_empty(0) if bias is None else _grad_of(bias, share[9])
 
 # %% ../nbs/02b_fused.ipynb #46db3115
 @torch.library.custom_op('groupmamba::dwconv', mutates_args=(), schema='(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor')
 def _dwconv_op(x, weight, bias, act): return _conv(_side_by_side(x), weight, bias, act)
 
 @torch.library.custom_op('groupmamba::dwconv_backward', mutates_args=(), schema='(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str act) -> (Tensor, Tensor, Tensor)')
-def _dwconv_backward_op(dy, x, weight, bias, act): return _conv_backward(_side_by_side(dy), _side_by_side(x), weight, bias, act)[:3]
+def _dwconv_backward_op(dy, x, weight, bias, act):
+    dx, share, _ = _conv_backward(_side_by_side(dy), _side_by_side(x), weight, bias, act)
+    return dx, *_tap_grads(share, weight, bias)
 
 @_dwconv_op.register_fake
 def _(x, weight, bias, act): return _new(x)
@@ -341,9 +346,9 @@ def _conv_gelu_linear_backward_op(dy, h, conv_weight, conv_bias, weight, bias):
     "Gradients of all five inputs; the activation is made again."
     with _no_autocast(h):
         dy = dy.contiguous()
-        dh, dk, db, a = _conv_backward(dy @ weight.to(dy.dtype), _side_by_side(h), conv_weight, conv_bias, 'gelu', save_y=True)
+        dh, share, a = _conv_backward(dy @ weight.to(dy.dtype), _side_by_side(h), conv_weight, conv_bias, 'gelu', save_y=True)
         rows = dy.flatten(0, 2)
-        return dh, dk, db, _grad_of(weight, rows.t() @ a.flatten(0, 2)), _grad_of(bias, rows.sum(0, dtype=_state_dtype(h)))
+        return dh, *_tap_grads(share, conv_weight, conv_bias), _grad_of(weight, rows.t() @ a.flatten(0, 2)), _grad_of(bias, rows.sum(0, dtype=_state_dtype(h)))
 
 @_conv_gelu_linear_op.register_fake
 def _(h, conv_weight, conv_bias, weight, bias): return h.new_empty(*h.shape[:3], weight.shape[0])
@@ -507,7 +512,7 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, wa
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
     "Steps of a tile, and warps of `_gated_carry`, `_gated_forward`, `_gated_middle` and `_gated_backward`."
-    return (32, 1, 1, 2, 2) if unit <= 16 else (32, 2, 2, 2, 4) if unit <= 32 else (16, 4, 4, 4, 8)
+    return (32, 1, 1, 1, 1) if unit <= 16 else (16, 1, 1, 1, 1) if unit <= 32 else (16, 2, 2, 4, 4)
 
 def _per(tiles): return -(-tiles//max(1, tiles//8))     # tiles a program: about eight
 
@@ -603,7 +608,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx,
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea8
 @triton.jit
-def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, dWx, dWdt, dA, small, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back through scan and selection. back: gradients of the states that leave the tiles. small: shares of the gradients of D and bias."
     L, channels = H*W, G*WIDE
@@ -639,26 +644,34 @@ def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, dWx, dWdt, dA
         dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
         dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
         tl.store(du + (p*channels + e[None]), dx.to(du.dtype.element_ty), mask=there)
-    share = b*tl.num_programs(1) + tl.program_id(1)
-    tl.store(dA + (share*N + n_idx[:,None])*(G*unit) + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
-    tl.store(dWx + (share*G + g)*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
-    tl.store(dWdt + (share*G + g)*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
-    small += share*2*G*unit + d
-    tl.store(small, dD, mask=in_d); tl.store(small + G*unit, dbias, mask=in_d)
+    channels = G*unit                                                          # x_proj, dt_weight, A, D and dt_bias, one after the other
+    shares += (b*tl.num_programs(1) + tl.program_id(1))*(channels*(2*R + 3*N + 2))
+    tl.store(shares + g*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
+    shares += channels*(R + 2*N)
+    tl.store(shares + g*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
+    shares += channels*R
+    tl.store(shares + n_idx[:,None]*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
+    shares += channels*N + d
+    tl.store(shares, dD, mask=in_d); tl.store(shares + channels, dbias, mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
-    "Gradients of u and of the parameters; that of z is written to the second half of dzx."
+    "Gradients of u and, side by side in two tensors, of the parameters; that of z is written to the second half of dzx."
     grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
-    shares, d, n, st = len(u)*grid[1], len(A), A.shape[1], _state_dtype(u)
+    n, r, d = A.shape[1], dt_weight.shape[1], len(A)
     params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
-    def new(*s): return u.new_empty(*s, dtype=st)
-    gy, carry, norm = _new(u), new(len(u), k, 2, n, u.shape[3]), new(shares, 2, d)
+    def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
+    gy, carry, norm, shares = _new(u), new(len(u), k, 2, n, u.shape[3]), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2))
     with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
-    du, dWx, dWdt, dA, small = gy, new(shares, *x_proj.shape), new(shares, *dt_weight.shape), new(shares, n, d), new(shares, 2, d)     # a tile of gy is read before du takes its place
-    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, dWx, dWdt, dA, small, *scalars, unit, NP=triton.next_power_of_2(n), **meta, num_warps=warps[3])
-    grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0), *norm.sum(0)
-    return du, *(_grad_of(p, g) for p,g in zip((*params, norm_weight, norm_bias), grads))
+    du = gy                                                                     # a tile of gy is read before its du takes its place
+    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=triton.next_power_of_2(n), **meta, num_warps=warps[3])
+    return du, shares.sum(0), norm.sum(0)
+
+def _gated_split(shares, norm, x_proj, dt_weight, A):
+    "Gradients of x_proj, dt_weight, A, D, dt_bias, norm_weight and norm_bias out of the two tensors of `_gated_grads`."
+    d, n = A.shape
+    parts = shares.split([x_proj.numel(), dt_weight.numel(), n*d, d, d])
+    return parts[0].view(x_proj.shape), parts[1].view(dt_weight.shape), parts[2].view(n, d).t(), *parts[3:], *norm.unbind()
 
 # %% ../nbs/02b_fused.ipynb #5547265b
 _PARAMS = 'Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, Tensor norm_weight, Tensor norm_bias, float eps, int[] walks'
@@ -676,8 +689,8 @@ def _gated_scan_backward_op(dv, zx, u, borders, conv_weight, conv_bias, x_proj, 
     "Gradients of zx and of the nine parameters."
     zx, dzx, d = zx.contiguous(), _new(zx), u.shape[3]
     du, *grads = _gated_grads(dv.contiguous(), u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx)
-    _, dk, db, _ = _conv_backward(du, zx[...,:d], conv_weight, conv_bias, 'silu', out=dzx[...,:d])
-    return dzx, dk, db, *grads
+    share = _conv_backward(du, zx[...,:d], conv_weight, conv_bias, 'silu', out=dzx[...,:d])[1]
+    return dzx, *_tap_grads(share, conv_weight, conv_bias), *(_grad_of(p, g) for p,g in zip((x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias), _gated_split(*grads, x_proj, dt_weight, A)))
 
 # %% ../nbs/02b_fused.ipynb #b2dcd83a
 @_gated_scan_op.register_fake
