@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RELEASED_FOUR', 'SIZES', 'RENAMINGS', 'EXTRA_AXIS', 'HUB', 'entry_points', 'ReleasedMixer', 'ConvFFN',
-           'ReleasedBlock', 'ClassBlock', 'GroupMambaReleased', 'released_name', 'to_released', 'from_released',
-           'CheckpointError', 'read_checkpoint', 'released_sizes', 'misfits', 'load_weights', 'load_released',
-           'save_released', 'convert', 'convert_cli', 'hub_file', 'groupmamba_tiny', 'groupmamba_small',
-           'groupmamba_base']
+           'ReleasedBlock', 'ReleasedStage', 'ClassBlock', 'GroupMambaReleased', 'released_name', 'to_released',
+           'from_released', 'CheckpointError', 'read_checkpoint', 'released_sizes', 'misfits', 'load_weights',
+           'load_released', 'save_released', 'convert', 'convert_cli', 'hub_file', 'groupmamba_tiny',
+           'groupmamba_small', 'groupmamba_base']
 
 # %% ../nbs/07_released.ipynb #cc3aa0ce
 import argparse
