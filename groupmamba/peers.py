@@ -211,16 +211,17 @@ LOCAL_DIRECTIONS = {size: [tuple(layer.split()) for layer in text.split(',')] fo
 
 # %% ../nbs/14b_peers.ipynb #p14b0043
 def local_vmamba(
-    size:str='tiny', # a key of `LOCAL_DIRECTIONS`
+    directions:Sequence=LOCAL_DIRECTIONS['tiny'], # those of every layer
+    depths:Sequence=(2, 2, 9, 2), # blocks of the stages; a `ValueError` unless there are as many as directions
     in_chans:int=3, # image channels
     num_classes:int=1000, # 0: no head
     drop_path_rate:float=0., # of the last block
 )->PeerPyramid: # the model
     "LocalVMamba: CrossMixer with windowed directions and a gate on each."
-    directions = LOCAL_DIRECTIONS[size]
+    if len(directions) != sum(depths): raise ValueError(f"directions must have one entry for each of the {sum(depths)} layers, got {len(directions)}")
     def block(stage, layer, c, p): return Residual(nn.LayerNorm(c), CrossMixer(c, directions[layer], merge=MeanGate), p)
     stem = PatchEmbed(None, 4, in_chans, 96, norm_layer=nn.LayerNorm, flatten=False, output_fmt='NHWC', dynamic_img_pad=True)
-    return PeerPyramid(stem, peer_stages(PatchMerging, block, 96, (2, 2, len(directions) - 6, 2), drop_path_rate), 768, in_chans, num_classes)
+    return PeerPyramid(stem, peer_stages(PatchMerging, block, 96, depths, drop_path_rate), 96*2**(len(depths) - 1), in_chans, num_classes)
 
 # %% ../nbs/14b_peers.ipynb #p14b0051
 class AtrousMixer(WideMixer):
@@ -326,7 +327,7 @@ class Vim(nn.Module):
 # %% ../nbs/14b_peers.ipynb #p14b0081
 SCANNING = {   # the models that timm does not have
     'vim_small': Vim, 'vmamba_tiny': vmamba, 'vmamba_small': partial(vmamba, depths=(2, 2, 15, 2)), 'vmamba_base': partial(vmamba, 128, (2, 2, 15, 2)),
-    'local_vmamba_tiny': local_vmamba, 'local_vmamba_small': partial(local_vmamba, 'small'), 'efficient_vmamba_base': efficient_vmamba}
+    'local_vmamba_tiny': local_vmamba, 'local_vmamba_small': partial(local_vmamba, LOCAL_DIRECTIONS['small'], (2, 2, 27, 2)), 'efficient_vmamba_base': efficient_vmamba}
 
 # %% ../nbs/14b_peers.ipynb #p14b0082
 def create_peer(
