@@ -23,7 +23,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from einops.layers.torch import Rearrange
-from .core import Downsample, DropPath, check_images
+from .core import Downsample, DropPath, TimmHooks, check_images
 from .grouped import FOUR, check_directions, directional_scan, from_phases, to_map, to_phases, to_sequences
 from .vsss import FFN, MambaMixer, init_weights
 
@@ -152,6 +152,7 @@ def peer_stages(
 # %% ../nbs/14b_peers.ipynb #p14b0034
 class PeerPyramid(nn.Module):
     "Stem, stages, LayerNorm, mean, linear head: images (B, in_chans, H, W) with H, W >= 32 to logits."
+    no_weight_decay = TimmHooks.no_weight_decay
     def __init__(self,
         stem:nn.Module, # images to the first image map
         stages:Sequence, # modules, image map to image map
@@ -323,6 +324,10 @@ class Vim(nn.Module):
         t, m = self.patch(x).flatten(2).mT, self.middle
         t = torch.cat([t[:, :m], self.cls.expand(len(t), -1, -1), t[:, m:]], 1) + self.pos
         return self.head(self.norm(self.blocks(t[:, None]))[:, 0, m])
+
+    def no_weight_decay(self)->set: # names of parameters
+        "The SSM's own parameters, the class token and the positions."
+        return TimmHooks.no_weight_decay(self) | {'cls', 'pos'}
 
 # %% ../nbs/14b_peers.ipynb #p14b0081
 SCANNING = {   # the models that timm does not have
