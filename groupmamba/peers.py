@@ -39,18 +39,29 @@ class Row(NamedTuple):
 
 # %% ../nbs/14b_peers.ipynb #p14b0012
 TABLE1 = {name: Row(*row) for name, *row in (
-    ('regnety_080', 'RegNetY-8G', 'Conv', 224, 39, 8.0, 81.7), ('regnety_160', 'RegNetY-16G', 'Conv', 224, 84, 16.0, 82.9),
-    ('efficientnet_b4', 'EffNet-B4', 'Conv', 380, 19, 4.2, 82.9), ('efficientnet_b5', 'EffNet-B5', 'Conv', 456, 30, 9.9, 83.6),
-    ('deit_small_patch16_224', 'DeiT-S', 'Attention', 224, 22, 4.6, 79.8), ('deit_base_patch16_224', 'DeiT-B', 'Attention', 224, 86, 17.5, 81.8),
+    ('regnety_080', 'RegNetY-8G', 'Conv', 224, 39, 8.0, 81.7),
+    ('regnety_160', 'RegNetY-16G', 'Conv', 224, 84, 16.0, 82.9),
+    ('efficientnet_b4', 'EffNet-B4', 'Conv', 380, 19, 4.2, 82.9),
+    ('efficientnet_b5', 'EffNet-B5', 'Conv', 456, 30, 9.9, 83.6),
+    ('deit_small_patch16_224', 'DeiT-S', 'Attention', 224, 22, 4.6, 79.8),
+    ('deit_base_patch16_224', 'DeiT-B', 'Attention', 224, 86, 17.5, 81.8),
     ('deit_base_patch16_384', 'DeiT-B', 'Attention', 384, 86, 55.4, 83.1),
-    ('convnext_tiny', 'ConvNeXt-T', 'Conv', 224, 29, 4.5, 82.1), ('convnext_small', 'ConvNeXt-S', 'Conv', 224, 50, 8.7, 83.1),
+    ('convnext_tiny', 'ConvNeXt-T', 'Conv', 224, 29, 4.5, 82.1),
+    ('convnext_small', 'ConvNeXt-S', 'Conv', 224, 50, 8.7, 83.1),
     ('convnext_base', 'ConvNeXt-B', 'Conv', 224, 89, 15.4, 83.8),
-    ('swin_tiny_patch4_window7_224', 'Swin-T', 'Attention', 224, 28, 4.6, 81.3), ('swin_small_patch4_window7_224', 'Swin-S', 'Attention', 224, 50, 8.7, 83.0),
-    ('swin_base_patch4_window7_224', 'Swin-B', 'Attention', 224, 88, 15.4, 83.5), ('vim_small', 'ViM-S', 'SSM', 224, 26, None, 80.5),
-    ('vmamba_tiny', 'VMamba-T', 'SSM', 224, 31, 4.9, 82.5), ('vmamba_small', 'VMamba-S', 'SSM', 224, 50, 8.7, 83.6), ('vmamba_base', 'VMamba-B', 'SSM', 224, 89, 15.4, 83.9),
-    ('local_vmamba_tiny', 'LocalVMamba-T', 'SSM', 224, 26, 5.7, 82.7), ('local_vmamba_small', 'LocalVMamba-S', 'SSM', 224, 50, 11.4, 83.7),
+    ('swin_tiny_patch4_window7_224', 'Swin-T', 'Attention', 224, 28, 4.6, 81.3),
+    ('swin_small_patch4_window7_224', 'Swin-S', 'Attention', 224, 50, 8.7, 83.0),
+    ('swin_base_patch4_window7_224', 'Swin-B', 'Attention', 224, 88, 15.4, 83.5),
+    ('vim_small', 'ViM-S', 'SSM', 224, 26, None, 80.5),
+    ('vmamba_tiny', 'VMamba-T', 'SSM', 224, 31, 4.9, 82.5),
+    ('vmamba_small', 'VMamba-S', 'SSM', 224, 50, 8.7, 83.6),
+    ('vmamba_base', 'VMamba-B', 'SSM', 224, 89, 15.4, 83.9),
+    ('local_vmamba_tiny', 'LocalVMamba-T', 'SSM', 224, 26, 5.7, 82.7),
+    ('local_vmamba_small', 'LocalVMamba-S', 'SSM', 224, 50, 11.4, 83.7),
     ('efficient_vmamba_base', 'EfficientVMamba-B', 'SSM', 224, 33, 4.0, 81.8),
-    ('groupmamba_tiny', 'GroupMamba-T', 'SSM', 224, 23, 4.5, 83.3), ('groupmamba_small', 'GroupMamba-S', 'SSM', 224, 34, 7.0, 83.9), ('groupmamba_base', 'GroupMamba-B', 'SSM', 224, 57, 14.0, 84.5))}
+    ('groupmamba_tiny', 'GroupMamba-T', 'SSM', 224, 23, 4.5, 83.3),
+    ('groupmamba_small', 'GroupMamba-S', 'SSM', 224, 34, 7.0, 83.9),
+    ('groupmamba_base', 'GroupMamba-B', 'SSM', 224, 57, 14.0, 84.5))}
 
 # %% ../nbs/14b_peers.ipynb #p14b0013
 def list_peers(
@@ -58,7 +69,7 @@ def list_peers(
 )->list[str]: # names that `create_peer` takes, in the order of Table 1, without GroupMamba
     "The baselines of Table 1. Raises `ValueError` for another mixing."
     kinds = {r.mixing for r in TABLE1.values()}
-    if mixing is not None and mixing not in kinds: raise ValueError(f"mixing must be one of {', '.join(sorted(kinds))}, or None; got {mixing!r}")
+    if mixing not in {None, *kinds}: raise ValueError(f"mixing must be None or one of {', '.join(sorted(kinds))}; got {mixing!r}")
     return [n for n, r in TABLE1.items() if mixing in (None, r.mixing) and not n.startswith('groupmamba')]
 
 # %% ../nbs/14b_peers.ipynb #p14b0019
@@ -70,7 +81,7 @@ def channels_first(
 
 # %% ../nbs/14b_peers.ipynb #p14b0021
 class WideMixer(MambaMixer):
-    "Several scans, each with a selection of its own, between one projection in and one out. Subclasses say how a map is spread over the scans and gathered."
+    "Several scans, each with a selection of its own, between one projection in and one out. Subclasses spread a map over the scans and gather it."
     def __init__(self,
         d_model:int, # channels in and out
         directions:Sequence=FOUR, # one scan each, names from `DIRECTIONS`
@@ -96,9 +107,15 @@ class WideMixer(MambaMixer):
 
 # %% ../nbs/14b_peers.ipynb #p14b0022
 class CrossMixer(WideMixer):
-    "All channels in every direction, results added: the mixer of VMamba, and with `merge` that of LocalVMamba. Arguments as `WideMixer`."
-    def __init__(self, d_model:int, directions:Sequence=FOUR, expand:float=2, d_state:int=16, gated:bool=True, conv_bias:bool=True,
-        merge:Callable|None=None, # d_inner -> module applied to the results (B, H, W, k, d_inner) before they are added; None adds them as they are
+    "All channels in every direction, results added: the mixer of VMamba, and with `merge` that of LocalVMamba."
+    def __init__(self,
+        d_model:int, # channels in and out
+        directions:Sequence=FOUR, # one scan each, names from `DIRECTIONS`
+        expand:float=2, # d_inner / d_model
+        d_state:int=16, # N, states a channel
+        gated:bool=True, # multiply by SiLU(z)?
+        conv_bias:bool=True, # an offset in the depthwise convolution?
+        merge:Callable|None=None, # d_inner -> module for the results (B, H, W, k, d_inner) before they are added; None adds them as they are
     ):
         super().__init__(d_model, directions, expand, d_state, gated, conv_bias)
         self.merge = merge(self.norm.weight.numel()) if merge else nn.Identity()
@@ -202,13 +219,15 @@ class MeanGate(nn.Module):
         return x*torch.sigmoid(self.fc2(F.gelu(self.fc1(stat))))
 
 # %% ../nbs/14b_peers.ipynb #p14b0042
-LOCAL_DIRECTIONS = {size: [tuple(layer.split()) for layer in text.split(',')] for size, text in dict(   # four of eight a layer, as searched by LocalMamba's authors
-    tiny='lr rl w7 w7-back, rl bt w2 w2-back, rl bt w2-back w7, rl tb bt w2, lr rl bt w2-back, rl bt w2 w2-back, lr w2-back w7 w7-back, lr rl tb bt, '
-         'lr bt w7 w7-back, rl tb w2 w7-back, tb bt w2 w7-back, lr rl bt w2-back, bt w2-back w7 w7-back, rl bt w2-back w7-back, rl tb w7 w7-back',
-    small='lr tb bt w7-back, lr rl tb w7, rl tb bt w7, rl tb w2-back w7, rl tb w2-back w7, rl bt w2 w7-back, rl tb bt w7, lr tb bt w7, lr tb bt w7, lr tb bt w7-back, '
-          'lr rl tb bt, lr tb bt w2, tb bt w2-back w7, lr rl tb w2, rl tb bt w7-back, lr rl tb bt, lr tb bt w7-back, lr tb bt w7-back, lr rl bt w7, rl bt w2-back w7, '
-          'rl tb bt w7-back, tb bt w7 w7-back, lr tb bt w7-back, rl tb bt w2, lr tb bt w2-back, lr rl tb w7, lr rl w7 w7-back, lr bt w2 w2-back, lr bt w2 w7, '
-          'lr tb bt w7-back, rl tb w2-back w7, rl bt w7 w7-back, lr tb w7 w7-back').items()}
+LOCAL_DIRECTIONS = {size: [tuple(layer.split()) for layer in text.split(',')] for size, text in dict(   # as searched by the authors
+    tiny='lr rl w7 w7-back, rl bt w2 w2-back, rl bt w2-back w7, rl tb bt w2, lr rl bt w2-back, rl bt w2 w2-back, lr w2-back w7 '
+         'w7-back, lr rl tb bt, lr bt w7 w7-back, rl tb w2 w7-back, tb bt w2 w7-back, lr rl bt w2-back, bt w2-back w7 w7-back, '
+         'rl bt w2-back w7-back, rl tb w7 w7-back',
+    small='lr tb bt w7-back, lr rl tb w7, rl tb bt w7, rl tb w2-back w7, rl tb w2-back w7, rl bt w2 w7-back, rl tb bt w7, lr tb '
+          'bt w7, lr tb bt w7, lr tb bt w7-back, lr rl tb bt, lr tb bt w2, tb bt w2-back w7, lr rl tb w2, rl tb bt w7-back, lr rl '
+          'tb bt, lr tb bt w7-back, lr tb bt w7-back, lr rl bt w7, rl bt w2-back w7, rl tb bt w7-back, tb bt w7 w7-back, lr tb bt '
+          'w7-back, rl tb bt w2, lr tb bt w2-back, lr rl tb w7, lr rl w7 w7-back, lr bt w2 w2-back, lr bt w2 w7, lr tb bt '
+          'w7-back, rl tb w2-back w7, rl bt w7 w7-back, lr tb w7 w7-back').items()}
 
 # %% ../nbs/14b_peers.ipynb #p14b0043
 def local_vmamba(
@@ -219,15 +238,19 @@ def local_vmamba(
     drop_path_rate:float=0., # of the last block
 )->PeerPyramid: # the model
     "LocalVMamba: CrossMixer with windowed directions and a gate on each."
-    if len(directions) != sum(depths): raise ValueError(f"directions must have one entry for each of the {sum(depths)} layers, got {len(directions)}")
+    if len(directions) != sum(depths): raise ValueError(f"directions must have an entry for each of {sum(depths)} layers, got {len(directions)}")
     def block(stage, layer, c, p): return Residual(nn.LayerNorm(c), CrossMixer(c, directions[layer], merge=MeanGate), p)
     stem = PatchEmbed(None, 4, in_chans, 96, norm_layer=nn.LayerNorm, flatten=False, output_fmt='NHWC', dynamic_img_pad=True)
     return PeerPyramid(stem, peer_stages(PatchMerging, block, 96, depths, drop_path_rate), 96*2**(len(depths) - 1), in_chans, num_classes)
 
 # %% ../nbs/14b_peers.ipynb #p14b0051
 class AtrousMixer(WideMixer):
-    "Each scan has a thinned map of its own, every second row and column: the mixer of EfficientVMamba. Arguments as `WideMixer`."
-    def __init__(self, d_model:int, expand:float=2, d_state:int=16):
+    "Each scan has a thinned map of its own, every second row and column: the mixer of EfficientVMamba."
+    def __init__(self,
+        d_model:int, # channels in and out
+        expand:float=2, # d_inner / d_model
+        d_state:int=16, # N, states a channel
+    ):
         super().__init__(d_model, ('lr', 'tb', 'lr', 'tb'), expand, d_state)
 
     def spread(self,
@@ -276,8 +299,12 @@ def efficient_vmamba(
 
 # %% ../nbs/14b_peers.ipynb #p14b0061
 class BidirectionalMixer(WideMixer):
-    "Forwards and backwards over a sequence, each with its own causal convolution; the mean of the two: the mixer of Vim. Arguments as `WideMixer`."
-    def __init__(self, d_model:int, expand:float=2, d_state:int=16):
+    "Forwards and backwards over a sequence, each with its own causal convolution; the mean of the two: the mixer of Vim."
+    def __init__(self,
+        d_model:int, # channels in and out
+        expand:float=2, # d_inner / d_model
+        d_state:int=16, # N, states a channel
+    ):
         super().__init__(d_model, ('lr', 'rl'), expand, d_state)
         self.conv, self.norm = nn.Conv1d(len(self.D), len(self.D), 4, padding=3, groups=len(self.D)), nn.Identity()
 
@@ -298,7 +325,7 @@ class BidirectionalMixer(WideMixer):
 
 # %% ../nbs/14b_peers.ipynb #p14b0062
 class Vim(nn.Module):
-    "Vision Mamba: patches in raster order, a class token in their middle, bidirectional blocks. Images (B, in_chans, H, W) of one size to logits."
+    "Vision Mamba: patches in raster order, a class token in their middle, bidirectional blocks. Images of one size to logits."
     def __init__(self,
         img_size:tuple=(224, 224), # the size of all images, multiples of 16
         dim:int=384, # channels
@@ -312,7 +339,8 @@ class Vim(nn.Module):
         self.size, self.middle = (in_chans, *img_size), img_size[0]//16*(img_size[1]//16)//2
         self.patch, self.cls = nn.Conv2d(in_chans, dim, 16, stride=16), nn.Parameter(torch.empty(1, 1, dim))
         self.pos = nn.Parameter(torch.empty(1, img_size[0]//16*(img_size[1]//16) + 1, dim))
-        self.blocks = nn.Sequential(*(Residual(nn.RMSNorm(dim, 1e-5), BidirectionalMixer(dim), drop_path_rate*i/max(1, depth - 1)) for i in range(depth)))
+        rates = [drop_path_rate*i/max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*(Residual(nn.RMSNorm(dim, 1e-5), BidirectionalMixer(dim), p) for p in rates))
         self.norm, self.head = nn.RMSNorm(dim, 1e-5), nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
         for p in (self.cls, self.pos): nn.init.trunc_normal_(p, std=0.02)
@@ -320,7 +348,7 @@ class Vim(nn.Module):
     def forward(self,
         x:Tensor, # images (B, in_chans, H, W)
     )->Tensor: # logits (B, num_classes)
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.size: raise ValueError(f"x must be (B, {', '.join(map(str, self.size))}), got {tuple(x.shape)}")
+        if tuple(x.shape[1:]) != self.size: raise ValueError(f"x must be (B, {', '.join(map(str, self.size))}), got {tuple(x.shape)}")
         t, m = self.patch(x).flatten(2).mT, self.middle
         t = torch.cat([t[:, :m], self.cls.expand(len(t), -1, -1), t[:, m:]], 1) + self.pos
         return self.head(self.norm(self.blocks(t[:, None]))[:, 0, m])
@@ -331,14 +359,16 @@ class Vim(nn.Module):
 
 # %% ../nbs/14b_peers.ipynb #p14b0081
 SCANNING = {   # the models that timm does not have
-    'vim_small': Vim, 'vmamba_tiny': vmamba, 'vmamba_small': partial(vmamba, depths=(2, 2, 15, 2)), 'vmamba_base': partial(vmamba, 128, (2, 2, 15, 2)),
-    'local_vmamba_tiny': local_vmamba, 'local_vmamba_small': partial(local_vmamba, LOCAL_DIRECTIONS['small'], (2, 2, 27, 2)), 'efficient_vmamba_base': efficient_vmamba}
+    'vim_small': Vim, 'vmamba_tiny': vmamba,
+    'vmamba_small': partial(vmamba, depths=(2, 2, 15, 2)), 'vmamba_base': partial(vmamba, 128, (2, 2, 15, 2)),
+    'local_vmamba_tiny': local_vmamba, 'local_vmamba_small': partial(local_vmamba, LOCAL_DIRECTIONS['small'], (2, 2, 27, 2)),
+    'efficient_vmamba_base': efficient_vmamba}
 
 # %% ../nbs/14b_peers.ipynb #p14b0082
 def create_peer(
     name:str, # a key of `TABLE1`
     num_classes:int=1000, # 0: no head
-    img_size:int|Sequence|None=None, # (H, W) or the side of a square; None takes Table 1's. DeiT, Swin and Vim are built for it, the others take any size
+    img_size:int|Sequence|None=None, # (H, W) or a square's side, for DeiT, Swin and Vim; None is Table 1's. The others take any size as they are
     in_chans:int=3, # image channels
     drop_path_rate:float=0., # stochastic depth of the last block
 )->nn.Module: # (B, in_chans, H, W) to (B, num_classes), freshly initialised
