@@ -81,7 +81,7 @@ def channels_first(
 
 # %% ../nbs/14b_peers.ipynb #p14b0021
 class WideMixer(MambaMixer):
-    "Several scans, each with a selection of its own, between one projection in and one out. Subclasses spread a map over the scans and gather it."
+    "Several scans, each with its own selection, between one projection in and one out. Subclasses spread a map over them and gather it."
     def __init__(self,
         d_model:int, # channels in and out
         directions:Sequence=FOUR, # one scan each, names from `DIRECTIONS`
@@ -115,7 +115,7 @@ class CrossMixer(WideMixer):
         d_state:int=16, # N, states a channel
         gated:bool=True, # multiply by SiLU(z)?
         conv_bias:bool=True, # an offset in the depthwise convolution?
-        merge:Callable|None=None, # d_inner -> module for the results (B, H, W, k, d_inner) before they are added; None adds them as they are
+        merge:Callable|None=None, # d_inner -> module for the results (B, H, W, k, d_inner) before they are added; None: nothing
     ):
         super().__init__(d_model, directions, expand, d_state, gated, conv_bias)
         self.merge = merge(self.norm.weight.numel()) if merge else nn.Identity()
@@ -238,7 +238,7 @@ def local_vmamba(
     drop_path_rate:float=0., # of the last block
 )->PeerPyramid: # the model
     "LocalVMamba: CrossMixer with windowed directions and a gate on each."
-    if len(directions) != sum(depths): raise ValueError(f"directions must have an entry for each of {sum(depths)} layers, got {len(directions)}")
+    if len(directions) != sum(depths): raise ValueError(f"directions must be those of {sum(depths)} layers, got {len(directions)}")
     def block(stage, layer, c, p): return Residual(nn.LayerNorm(c), CrossMixer(c, directions[layer], merge=MeanGate), p)
     stem = PatchEmbed(None, 4, in_chans, 96, norm_layer=nn.LayerNorm, flatten=False, output_fmt='NHWC', dynamic_img_pad=True)
     return PeerPyramid(stem, peer_stages(PatchMerging, block, 96, depths, drop_path_rate), 96*2**(len(depths) - 1), in_chans, num_classes)
@@ -368,7 +368,7 @@ SCANNING = {   # the models that timm does not have
 def create_peer(
     name:str, # a key of `TABLE1`
     num_classes:int=1000, # 0: no head
-    img_size:int|Sequence|None=None, # (H, W) or a square's side, for DeiT, Swin and Vim; None is Table 1's. The others take any size as they are
+    img_size:int|Sequence|None=None, # (H, W) or a square's side, for DeiT, Swin and Vim; None: Table 1's. The others take any size
     in_chans:int=3, # image channels
     drop_path_rate:float=0., # stochastic depth of the last block
 )->nn.Module: # (B, in_chans, H, W) to (B, num_classes), freshly initialised
