@@ -44,7 +44,7 @@ def stability_views(
 )->Views:
     "Decode and transform everything once."
     readers = open_data(cfg, cfg.seed)
-    train, val = (make_loader(make_dataset(cfg, r, training=t, seed=cfg.seed), 256, False) for r, t in zip(readers, (True, False)))
+    train, val = (make_loader(make_dataset(cfg, r, training=t, seed=cfg.seed), 256, False, num_workers=cfg.num_workers) for r, t in zip(readers, (True, False)))
     bank = []
     for e in range(epochs):
         set_epoch(train, e)
