@@ -34,7 +34,7 @@ def capture(
     images:Tensor, # what it takes
     modules:Mapping, # name: module, from `submodules`; each is called once at most
 )->dict: # name: (first input, output)
-    "What passes through modules in one evaluation. Raises `RuntimeError` when one was never called, as inside a fused form that goes around it."
+    "What passes through modules in one evaluation. Raises `RuntimeError` when one was never called, as when a fused form goes around it."
     seen, was = {}, model.training
     def note(name): return lambda m, args, out: seen.update({name: (args[0].detach(), out.detach())})
     handles = [m.register_forward_hook(note(k)) for k, m in modules.items()]
@@ -42,7 +42,8 @@ def capture(
     finally:
         for h in handles: h.remove()
         model.train(was)
-    if missing := [k for k in modules if k not in seen]: raise RuntimeError(f"{missing[0]} was never called: select the plain form of the model")
+    missing = [k for k in modules if k not in seen]
+    if missing: raise RuntimeError(f"{missing[0]} was never called: select the plain form of the model")
     return seen
 
 # %% ../nbs/14c_interpret.ipynb #c7b88bee
@@ -64,7 +65,7 @@ class Scan(NamedTuple):
 def directions_of(
     mixer:MambaMixer, # any
 )->tuple: # a name from `DIRECTIONS` for each group
-    "How a mixer's groups walk over the map. Raises `ValueError` for a scan that is neither `raster_scan` nor a `partial` with `directions`."
+    "How a mixer's groups walk over the map. Raises `ValueError` for a scan other than `raster_scan` or a `partial` with `directions`."
     if mixer.scan is raster_scan: return ('lr',)*mixer.groups
     if 'directions' in getattr(mixer.scan, 'keywords', {}): return tuple(mixer.scan.keywords['directions'])
     raise ValueError(f"mixer.scan must be raster_scan or partial(directional_scan, directions=...), got {mixer.scan!r}")
@@ -139,7 +140,7 @@ def forgetting(
 def delta_maps(
     scan:Scan, # from `scan_of`
 )->Tensor: # (B, G, H, W), relative: 1 where a place has its group's average
-    "Δ of every place, averaged over a group's channels after each channel is divided by its mean, so that slow and fast channels count alike."
+    "Δ of every place, averaged over a group's channels, each divided by its mean before, so that slow and fast ones count alike."
     step = scan.step/scan.step.mean((0, 1, 2))
     return step.unflatten(-1, (len(scan.directions), -1)).mean(-1).permute(0, 3, 1, 2)
 
