@@ -79,7 +79,7 @@ class StudentOptions(Options):
     mlp_ratio:float = option(4., 'hidden / dim of the channel mixers', lo=0.25)
     memory:bool = option(True, 'do the scans remember? A control that leaves y = D u if not')
     norm:bool = option(True, "LayerNorm before the mixers' gate?")
-    start:str = option('authors', "first projections of the mixers: the authors' N(0, 0.02²), or Mamba's, larger", choices=('authors', 'mamba'))
+    start:str = option('authors', "mixers' projections start as the authors', N(0, 0.02²), or as Mamba's", choices=('authors', 'mamba'))
 
     def problems(self):
         good = self.dim % 4 == 0 and self.depths and min(self.depths) > 0
@@ -208,7 +208,8 @@ class Trial(Prepared):
         self.lr.copy_(self.rates.index_select(0, self.t)[0])
         self.optimizer.zero_grad()
         mixed = self.setting.precision == 'bf16-mixed'
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False): loss, label = self.losses(self.order.index_select(0, self.t)[0])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
+            loss, label = self.losses(self.order.index_select(0, self.t)[0])
         loss.backward()
         norm, ssm = (get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in (self.model.parameters(), self.ssm))
         if self.setting.clip: clip_grads_with_norm_(self.model.parameters(), self.setting.clip, norm)
@@ -289,12 +290,13 @@ def measures(
     o:Outcome, # a run
     classes:int, # K
     margin:float=0.2, # nats below ln K that count as having learnt
-)->dict: # failed (0 or 1), end, relapse, peak, accuracy
-    "A run in five numbers."
+)->dict: # failed (0 or 1), end, relapse, peak, ssm, accuracy
+    "A run in six numbers."
     label, norm = o.log[:, 1], o.log[:, 2]
     end = label[-max(1, len(label)//10):].mean()
     peak = np.nanmax(norm[10:])/np.nanmedian(norm) if np.isfinite(norm).all() else math.inf
-    return dict(failed=float(not end < math.log(classes) - margin), end=end, relapse=relapse(label), peak=peak, accuracy=o.accuracy)
+    failed = float(not end < math.log(classes) - margin)
+    return dict(failed=failed, end=end, relapse=relapse(label), peak=peak, ssm=np.median(o.log[:, 3]/norm), accuracy=o.accuracy)
 
 # %% ../nbs/14d_stability.ipynb #e32ecee0
 def stability_search(
@@ -334,13 +336,13 @@ def stability_table(
     classes:int, # K
 )->str: # a line a name
     "How many failed, and mean ± standard deviation over the seeds of the other measures."
-    lines = [f'{"":32}{"failed":>8}{"label term":>16}{"relapse":>16}{"gradient peak":>18}{"accuracy, %":>16}']
+    lines = [f'{"":32}{"failed":>8}{"label term":>16}{"relapse":>16}{"gradient peak":>18}{"SSM part":>16}{"accuracy, %":>16}']
     for name, outcomes in runs.items():
         m = [measures(o, classes) for o in outcomes]
         v = {k: np.array([row[k] for row in m]) for k in m[0]}
         failed = f'{v["failed"].sum():.0f} of {len(m)}'
         lines.append(f'{name:32}{failed:>8}{spread(v["end"]):>16}{spread(v["relapse"]):>16}{spread(v["peak"], 1):>18}'
-                     f'{spread(100*v["accuracy"], 1):>16}')
+                     f'{spread(v["ssm"], 3):>16}{spread(100*v["accuracy"], 1):>16}')
     return '\n'.join(lines)
 
 # %% ../nbs/14d_stability.ipynb #260df626
