@@ -7,9 +7,9 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
            'known', 'create', 'Count', 'count', 'Row', 'ablated', 'table6', 'table_text', 'images_per_s',
            'mnist_images', 'few_digits', 'image_folder', 'Study', 'teacher_file', 'learn', 'read_runs', 'wanted',
-           'ready', 'learn_all', 'run_here', 'run_beside', 'scores', 'compare', 'Lab', 'costs', 'fill', 'dense_columns',
-           'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_figure1',
-           'AblateConfig', 'picture', 'ablate', 'ablate_cli']
+           'ready', 'learn_all', 'run_here', 'run_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill',
+           'dense_columns', 'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company',
+           'draw_figure1', 'AblateConfig', 'picture', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
 import io, statistics
@@ -116,19 +116,22 @@ def ablated(
     label:str, # what the paper calls it
     variant:str, # key of `VARIANTS`
     *paper, # its numbers, as in `Row`
+    heads:int=2, # with a second head, for a teacher?
     lesson:str|None=None, # if it is not the variant's
 )->Row: # of GroupMamba-T
     "A variant of GroupMamba-T in both architectures, and of the small model."
-    return Row(label, paper, 'groupmamba_tiny', VARIANTS[variant], ('groupmamba_tiny_table6', VARIANTS[variant]), lesson or variant)
+    options = dict(VARIANTS[variant], distilled=heads == 2)
+    return Row(label, paper, 'groupmamba_tiny', options, ('groupmamba_tiny_table6', options), lesson or variant)
 
 # %% ../nbs/14_ablation.ipynb #a14spec
 EIGHT_FIT = dict(VARIANTS['g8'], dims=(64, 128, 352, 448))         # the published 348 is no multiple of 8
-LADDER = [ablated('4-D scanning', 'scan4d', 22, None, 803, 82.3), ablated('1-D groups', 'no_cam', 22, None, 1125, 82.2),
-          ablated('+ CAM', 'full', 23, 4.5, 1069, 82.5), ablated('+ distillation', 'full', 23, 4.5, 1069, 83.3, lesson='distilled')]
+LADDER = [ablated('4-D scanning', 'scan4d', 22, None, 803, 82.3, heads=1), ablated('1-D groups', 'no_cam', 22, None, 1125, 82.2, heads=1),
+          ablated('+ CAM', 'full', 23, 4.5, 1069, 82.5, heads=1),
+          ablated('+ distillation', 'full', 23, 4.5, 1069, 83.3, lesson='distilled')]
 DIRECTION_SETS = [ablated('D1', 'd1', 23, None, 1096, 82.9), ablated('D1, D2', 'd1d2', 23, None, 1087, 83.1),
                   ablated('D1, D3 (ours)', 'd1d3', None, None, None, None), ablated('D1, D2, D3, D4', 'full', 23, None, 1069, 83.3)]
 GROUPS = [*(ablated(f'{n} group{"s"[:n > 1]}', v, None, None, None, None) for n, v in ((1, 'g1'), (2, 'g2'), (4, 'full'))),
-          Row('8 groups', (None,)*4, 'groupmamba_tiny', EIGHT_FIT, ('groupmamba_tiny_table6', VARIANTS['g8']), 'g8')]
+          Row('8 groups', (None,)*4, 'groupmamba_tiny', EIGHT_FIT, ('groupmamba_tiny_table6', dict(VARIANTS['g8'], distilled=True)), 'g8')]
 
 # %% ../nbs/14_ablation.ipynb #a14table6
 PAPER6 = dict(tiny=(23, 4.5), small=(34, 7.0), base=(57, 14.0))    # M parameters, G FLOPs
@@ -169,8 +172,8 @@ def _distilled(label, size, heads, *paper):
 TABLE3 = [_distilled('T', 'tiny', False, 23, 4.6, None, 82.5), _distilled('T', 'tiny', True, 23, 4.6, None, 83.3),
           _distilled('S', 'small', False, 34, 7.0, None, 83.0), _distilled('S', 'small', True, 34, 7.0, None, 83.9),
           _distilled('B', 'base', False, 57, 14.0, None, 83.2), _distilled('B', 'base', True, 57, 14.0, None, 84.5),
-          Row('the small model without teacher', (None,)*4, 'groupmamba_nano', {}, None, 'full'),
-          Row('the small model with teacher', (None,)*4, 'groupmamba_nano', dict(distilled=True), None, 'distilled')]
+          Row('the small model without teacher', (None,)*4, 'groupmamba_nano', dict(num_classes=10), None, 'full'),
+          Row('the small model with teacher', (None,)*4, 'groupmamba_nano', dict(num_classes=10, distilled=True), None, 'distilled')]
 
 # %% ../nbs/14_ablation.ipynb #a14speedc
 @torch.inference_mode()
@@ -183,11 +186,13 @@ def images_per_s(
 )->float: # images a second
     "Throughput on the GPU in bfloat16. Raises `UserError` where there is none."
     if not torch.cuda.is_available(): raise UserError('speed is measured on a GPU, and there is none')
-    net, x = create(model, **options).cuda().eval().bfloat16(), torch.randn(batch, 3, size, size, device='cuda', dtype=torch.bfloat16)
+    net, x = create(model, **options).cuda().eval(), torch.randn(batch, 3, size, size, device='cuda')
     times = []
     for i in range(rounds + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(); net(x); end.record()
+        start.record()
+        with torch.autocast('cuda', torch.bfloat16): net(x)
+        end.record()
         end.synchronize()
         if i >= 5: times.append(start.elapsed_time(end)/1e3)       # the first five warm up
     return batch/statistics.median(times)
@@ -381,14 +386,15 @@ class Lab:
             write_csv(self.out/'speed.csv', [dict(model=k, images_per_s=v) for k, v in known.items()])
         return int(known[name])
 
-    def learned(self,
-        lesson:str|None, # key of `LESSONS`
-        reference:str='full', # the lesson it is compared with
-    )->dict: # as `compare`; {} if there is none
-        "What the small model did."
-        if lesson is None or not scores(self.runs, self.study, lesson): return {}
-        mine = scores(self.runs, self.study, lesson)
-        return compare(mine, mine if lesson == reference else scores(self.runs, self.study, reference))
+# %% ../nbs/14_ablation.ipynb #a14learned
+def learned(
+    lab:Lab, # where numbers come from
+    lesson:str|None, # key of `LESSONS`
+    reference:str='full', # the lesson it is compared with
+)->dict: # as `compare`; {} if there is none
+    "What the small model did."
+    if lesson is None or not (mine := scores(lab.runs, lab.study, lesson)): return {}
+    return compare(mine, mine if lesson == reference else scores(lab.runs, lab.study, reference))
 
 # %% ../nbs/14_ablation.ipynb #a14fill
 LEARNED = ('top1', 'sd', 'difference', 'margin', 'verdict')
@@ -404,19 +410,17 @@ def fill(
 )->dict: # a line of the table
     "The paper's numbers, then ours."
     params, macs, speed, top1 = row.paper
-    mine, learned = costs(lab, row.model, row.options), lab.learned(row.lesson)
+    mine, small = costs(lab, row.model, row.options), learned(lab, row.lesson)
     eq3 = costs(lab, *row.eq3) if row.eq3 else dict.fromkeys(mine)
     return dict(row=row.label, paper_params=params, paper_macs=macs, paper_speed=speed, paper_top1=top1, **mine,
-                **{f'eq3_{k}': v for k, v in eq3.items()}, **{f'small_{k}': learned.get(k) for k in LEARNED})
+                **{f'eq3_{k}': v for k, v in eq3.items()}, **{f'small_{k}': small.get(k) for k in LEARNED})
 
 def dense_columns(rows): # without the columns that are empty
     keep = [k for k in rows[0] if any(r[k] not in (None, '') for r in rows)]
     return [{k: r[k] for k in keep} for r in rows]
 
 # %% ../nbs/14_ablation.ipynb #a14table1
-def table1(
-    lab:Lab, # where numbers come from
-)->list[dict]: # a line a model
+def table1()->list[dict]: # a line a model
     "Table 1: every method, as printed and as counted. Raises `UserError` without `groupmamba.peers`."
     try: from groupmamba.peers import TABLE1
     except ImportError as e: raise UserError('table 1 needs the baselines of groupmamba.peers') from e
@@ -424,8 +428,7 @@ def table1(
     for name, r in TABLE1.items():
         c = count(name, r.size)
         rows.append(dict(method=r.label, mixing=r.mixing, size=r.size, paper_params=r.params, params=round(c.params, 2),
-                         paper_macs=r.flops, macs=round(c.macs, 2), scan=round(c.scan, 3), paper_top1=r.top1,
-                         speed=lab.speed(name, r.size)))
+                         paper_macs=r.flops, macs=round(c.macs, 2), scan=round(c.scan, 3), paper_top1=r.top1))
     return rows
 
 # %% ../nbs/14_ablation.ipynb #a14tablesc
@@ -444,7 +447,7 @@ def table(
 )->list[dict]: # a row a line
     "The rows of a table, or of the numbers behind a figure."
     if what == 'figure 1': return company(lab)
-    if what in ('1', '6'): return dense_columns(table1(lab) if what == '1' else table6())
+    if what in ('1', '6'): return dense_columns(table1() if what == '1' else table6())
     return dense_columns([fill(lab, r) for r in SPECS[what] if known(r.model)])
 
 # %% ../nbs/14_ablation.ipynb #a14newfig
@@ -479,7 +482,8 @@ def draw_figure4(
     for ax, speed, top1, title in zip(fig.subplots(1, 2), ('paper_speed', 'speed'), ('paper_top1', 'small_top1'),
                                       ('the paper: ImageNet, one A100', 'ours: small digits; speed of GroupMamba-T')):
         x = [r.get(speed) if r.get(speed) is not None else i for i, r in enumerate(rows)]
-        y, sd = [r.get(top1) for r in rows], [r.get('small_sd') or 0 if top1 == 'small_top1' else 0 for r in rows]
+        y = [np.nan if r.get(top1) is None else r[top1] for r in rows]
+        sd = [r.get('small_sd') or 0 if top1 == 'small_top1' else 0 for r in rows]
         ax.errorbar(x, y, sd, fmt='o-', lw=.8, capsize=3)
         for i, (r, a, b) in enumerate(zip(rows, x, y)):
             ax.annotate(r['row'], (a, b), (4, 5 if i % 2 else -11), textcoords='offset points', fontsize=8)
@@ -494,7 +498,7 @@ def company(
     "What every small model costs and learned: our side of Fig. 1."
     rows = []
     for key in LESSONS:
-        if not (found := lab.learned(key)): continue
+        if not (found := learned(lab, key)): continue
         r = next(r for (study, k, _), r in lab.runs.items() if (study, k) == (lab.study, key))
         rows.append(dict(lesson=key, model=r['model'], params=r['params'], mmacs=r['mmacs']) | found)
     return rows
@@ -545,7 +549,7 @@ class AblateConfig(Options):
 def picture(what, rows, lab):
     "The figure, or the table as a picture."
     if what == 'figure 4': return draw_figure4(rows)
-    if what == 'figure 1': return draw_figure1(rows, table1(lab) if known('vmamba_tiny') else None)
+    if what == 'figure 1': return draw_figure1(rows, table1() if known('vmamba_tiny') else None)
     return draw_table(rows, TITLES[what])
 
 def ablate(
