@@ -62,7 +62,10 @@ register('nano_convnext', 'convnext_atto', dims=(24, 48, 88, 176), depths=(1, 1,
 register('nano_swin', 'swin_tiny_patch4_window7_224', img_size=64, strict_img_size=False, window_size=4,
          embed_dim=20, depths=(1, 2, 3, 1), num_heads=(1, 2, 4, 8))
 register('nano_deit', 'deit_tiny_patch16_224', img_size=64, dynamic_img_size=True, embed_dim=96, depth=5, num_heads=3)
-COMPANY = {'ConvNeXt': 'nano_convnext', 'Swin': 'nano_swin', 'DeiT': 'nano_deit', 'MobileNetV4': 'mobilenetv4_conv_small_035'}
+register('groupmamba_nano_published', 'groupmamba_tiny', stem_dim=8, dims=(24, 48, 80, 144), depths=(1, 1, 2, 1),
+         mlp_ratios=(4, 4, 3, 3), distilled=False)
+COMPANY = {'published': 'groupmamba_nano_published', 'ConvNeXt': 'nano_convnext', 'Swin': 'nano_swin', 'DeiT': 'nano_deit', 
+           'MobileNetV4': 'mobilenetv4_conv_small_035'}
 
 # %% ../nbs/14_ablation.ipynb #a14create
 def known(model:str)->bool: return timm.is_model(model) or find_spec('groupmamba.peers') is not None
@@ -136,14 +139,17 @@ GROUPS = [*(ablated(f'{n} group{"s"[:n > 1]}', v, None, None, None, None) for n,
 # %% ../nbs/14_ablation.ipynb #a14table6
 PAPER6 = dict(tiny=(23, 4.5), small=(34, 7.0), base=(57, 14.0))    # M parameters, G FLOPs
 
-def table6()->list[dict]: # a row a model
+def table6(
+    speed=lambda model: None, # name for timm → images a second, or None
+)->list[dict]: # a row a model
     "Table 6: widths, depths and cost of the models by the paper's table and as published."
     rows = []
     for size, (params, macs) in PAPER6.items():
         for name, sizes in (('', SIZES), ('_table6', TABLE6)):
             c, s = count(f'groupmamba_{size}{name}'), sizes[size]
             rows.append(dict(model=f'groupmamba_{size}{name}', widths=' '.join(map(str, s['dims'])), depths=' '.join(map(str, s['depths'])),
-                             paper_params=params, params=round(c.params, 2), paper_macs=macs, macs=round(c.macs, 2), scan=round(c.scan, 3)))
+                             paper_params=params, params=round(c.params, 2), paper_macs=macs, macs=round(c.macs, 2), scan=round(c.scan, 3),
+                             speed=speed(f'groupmamba_{size}{name}')))
     return rows
 
 # %% ../nbs/14_ablation.ipynb #a14textc
@@ -157,7 +163,7 @@ def table_text(
     return '\n'.join('  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(line, widths, left)).rstrip() for line in cells)
 
 # %% ../nbs/14_ablation.ipynb #a14t5rows
-WIDE = dict(dims=(64, 128, 376, 572))                              # fits Table 5's 31 M and 5.2 G
+WIDE = dict(dims=(64, 128, 372, 588))                              # fits Table 5's 31 M and 5.2 G
 WIDE_EQ3 = dict(dims=(96, 192, 392, 1032))                         # likewise, from Table 6's widths
 TABLE5 = [Row('VMamba-T', (31, 4.9, None, 82.5), 'vmamba_tiny'),
           Row('GroupMamba-T', (23, 4.5, None, 82.5), 'groupmamba_tiny', dict(distilled=False), ('groupmamba_tiny_table6', {}), 'full'),
@@ -420,12 +426,15 @@ def dense_columns(rows): # without the columns that are empty
     return [{k: r[k] for k in keep} for r in rows]
 
 # %% ../nbs/14_ablation.ipynb #a14table1
-def table1()->list[dict]: # a line a model
+def table1(
+    methods:list[str]|None=None, # names of `groupmamba.peers`; None: all
+)->list[dict]: # a line a model
     "Table 1: every method, as printed and as counted. Raises `UserError` without `groupmamba.peers`."
     try: from groupmamba.peers import TABLE1
     except ImportError as e: raise UserError('table 1 needs the baselines of groupmamba.peers') from e
     rows = []
     for name, r in TABLE1.items():
+        if methods is not None and name not in methods: continue
         c = count(name, r.size)
         rows.append(dict(method=r.label, mixing=r.mixing, size=r.size, paper_params=r.params, params=round(c.params, 2),
                          paper_macs=r.flops, macs=round(c.macs, 2), scan=round(c.scan, 3), paper_top1=r.top1))
@@ -447,7 +456,7 @@ def table(
 )->list[dict]: # a row a line
     "The rows of a table, or of the numbers behind a figure."
     if what == 'figure 1': return company(lab)
-    if what in ('1', '6'): return dense_columns(table1() if what == '1' else table6())
+    if what in ('1', '6'): return dense_columns(table1() if what == '1' else table6(lab.speed))
     return dense_columns([fill(lab, r) for r in SPECS[what] if known(r.model)])
 
 # %% ../nbs/14_ablation.ipynb #a14newfig
@@ -497,7 +506,7 @@ def company(
 )->list[dict]: # a line a lesson
     "What every small model costs and learned: our side of Fig. 1."
     rows = []
-    for key in LESSONS:
+    for key in [*LESSONS, 'teacher']:
         if not (found := learned(lab, key)): continue
         r = next(r for (study, k, _), r in lab.runs.items() if (study, k) == (lab.study, key))
         rows.append(dict(lesson=key, model=r['model'], params=r['params'], mmacs=r['mmacs']) | found)
