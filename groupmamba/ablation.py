@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'mnist_images', 'few_digits', 'image_folder', 'Study', 'teacher_file', 'learn', 'read_runs', 'wanted',
            'ready', 'learn_all', 'run_here', 'run_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill',
            'dense_columns', 'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company',
-           'draw_figure1', 'AblateConfig', 'picture', 'ablate', 'ablate_cli']
+           'draw_methods', 'draw_figure1', 'AblateConfig', 'picture', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
 import io, statistics
@@ -512,23 +512,32 @@ def company(
         rows.append(dict(lesson=key, model=r['model'], params=r['params'], mmacs=r['mmacs']) | found)
     return rows
 
+# %% ../nbs/14_ablation.ipynb #a14methods
+def draw_methods(ax, printed):
+    "Fig. 1 of the paper, for all of Table 1: accuracy as printed over parameters as counted."
+    for kind in dict.fromkeys(r['mixing'] for r in printed):
+        some = [r for r in printed if r['mixing'] == kind]
+        ax.plot([r['params'] for r in some], [r['paper_top1'] for r in some], 'o', ms=4, label=kind)
+    for r in printed: ax.annotate(r['method'], (r['params'], r['paper_top1']), (3, 2), textcoords='offset points', fontsize=6)
+    ours = [r for r in printed if r['method'].startswith('GroupMamba')]
+    ax.plot([r['params'] for r in ours], [r['paper_top1'] for r in ours], 'C3--', lw=.8)
+    ax.set(title='ImageNet, as printed', xlabel='parameters (counted), M', ylabel='top-1, %'); ax.margins(x=.12); ax.legend(fontsize=7)
+
 # %% ../nbs/14_ablation.ipynb #a14figure1
 def draw_figure1(
     rows:list[dict], # of `company`
     printed:list[dict]|None=None, # of `table1`; None leaves the paper's side empty
 ): # matplotlib's figure
     "Parameters against accuracy: Table 1 as printed over what we count, and our small models."
-    fig = new_figure(9, 3.2); left, right = fig.subplots(1, 2)
-    for kind in dict.fromkeys(r['mixing'] for r in printed or []):
-        some = [r for r in printed if r['mixing'] == kind]
-        left.plot([r['params'] for r in some], [r['paper_top1'] for r in some], 'o', ms=4, label=kind)
-    for r in printed or []: left.annotate(r['method'], (r['params'], r['paper_top1']), (3, 2), textcoords='offset points', fontsize=6)
-    left.set(title='ImageNet, as printed', xlabel='parameters (counted), M', ylabel='top-1, %')
-    if printed: left.legend(fontsize=7)
+    fig = new_figure(9 if printed else 5, 3.2)
+    *left, right = fig.subplots(1, 2 if printed else 1, squeeze=False)[0]
+    if left: draw_methods(left[0], printed)
     for r in rows:
-        right.errorbar(r['params'], r['top1'], r['sd'] or 0, fmt='s' if r['lesson'] in COMPANY else 'o', ms=4, capsize=2)
-        right.annotate(r['lesson'], (r['params'], r['top1']), (3, 2), textcoords='offset points', fontsize=7)
-    right.set(title='5,000 digits, half for training', xlabel='parameters, M', ylabel='top-1, % (mean ± sd over seeds)')
+        if r['lesson'] not in COMPANY and not r['lesson'].startswith(('full', 'g', 'wide')): continue   # the others have the same size
+        fmt, color = ('s', 'C7') if r['lesson'] in COMPANY else ('o', 'C3')
+        right.errorbar(r['params'], r['top1'], r['sd'] or 0, fmt=fmt, color=color, ms=4, capsize=2)
+        right.annotate(r['lesson'].replace('full', 'GroupMamba'), (r['params'], r['top1']), (4, 2), textcoords='offset points', fontsize=7)
+    right.set(title='ours: small digits', xlabel='parameters, M', ylabel='top-1, % (mean ± sd over seeds)')
     return fig
 
 # %% ../nbs/14_ablation.ipynb #a14config
