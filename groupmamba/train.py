@@ -170,7 +170,7 @@ def make_model(args:dict, # from `model_args`
 def adapt(model:nn.Module, # changed in place
           cfg:TrainConfig, # the switches
           )->nn.Module: # the same one
-    "Gradient checkpointing, shared BatchNorm, channels-last memory, two heads in training. Raises `UserError` if the model has no gradient checkpointing."
+    "Checkpointing, shared BatchNorm, channels-last memory, two heads in training. Raises `UserError` if the model has no gradient checkpointing."
     if cfg.grad_checkpointing:
         try: model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as e: raise UserError(f'{cfg.model} has no gradient checkpointing') from e
@@ -338,7 +338,8 @@ def find_teacher(cfg:TrainConfig, # which teacher
                  )->Teacher|None: # on the CPU
     "The teacher, if one is wanted. Raises `UserError`."
     if cfg.distill == 'none': return None
-    try: return make_teacher(cfg.teacher, len(classes), checkpoint=cfg.teacher_checkpoint, classes=classes, img_size=cfg.img_size, mean=cfg.mean, std=cfg.std, compile=cfg.compile)
+    try: return make_teacher(cfg.teacher, len(classes), checkpoint=cfg.teacher_checkpoint, classes=classes, img_size=cfg.img_size,
+                             mean=cfg.mean, std=cfg.std, compile=cfg.compile)
     except TeacherError as e: raise UserError(str(e)) from e
 
 # %% ../nbs/10_train.ipynb #7c1d52f0
@@ -348,7 +349,7 @@ def prepare(cfg:TrainConfig, # every choice
     set_backend(cfg)
     fabric = make_fabric(cfg)
     part_size(cfg, fabric.world_size)
-    if cfg.sync_bn and fabric.device.type == 'cpu': raise UserError('sync_bn needs GPUs: on a CPU PyTorch has no BatchNorm over several processes')
+    if cfg.sync_bn and fabric.device.type == 'cpu': raise UserError('sync_bn needs GPUs: PyTorch has no such BatchNorm on a CPU')
     readers = open_data(cfg, cfg.seed)
     bad = BadFiles(sum(map(len, readers)), cfg.max_bad)
     datasets = [make_dataset(cfg, r, training=training, seed=cfg.seed, bad=bad) for r, training in zip(readers, (True, False))]
@@ -467,7 +468,8 @@ def agree(run:Run, # its wishes and its clock
     "Adds up over all processes and waits for the device, once."
     bad = ~(loss.isfinite() & norm.isfinite())
     due = run.cfg.save_minutes > 0 and time.monotonic() - run.saved_at > 60*run.cfg.save_minutes
-    mine = torch.stack([loss.float(), right.float(), bad.float(), *(loss.new_full((), float(v), dtype=torch.float32) for v in (images, run.asked, due))])
+    wishes = [loss.new_full((), float(v), dtype=torch.float32) for v in (images, run.asked, due)] # filled there: a copy from here would be a second wait
+    mine = torch.stack([loss.float(), right.float(), bad.float(), *wishes])
     loss, right, bad, images, stop, due, norm = torch.cat([run.fabric.all_reduce(mine, reduce_op='sum'), norm.float().reshape(1)]).tolist()
     save = due > 0 or (run.cfg.save_steps > 0 and (run.step + 1) % run.cfg.save_steps == 0)
     return Seen(loss/images, right, images, bad > 0, stop > 0, save, norm)
