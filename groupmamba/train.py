@@ -170,7 +170,7 @@ def make_model(args:dict, # from `model_args`
 def adapt(model:nn.Module, # changed in place
           cfg:TrainConfig, # the switches
           )->nn.Module: # the same one
-    "Checkpointing, shared BatchNorm, channels-last memory, two heads in training. Raises `UserError` if the model has no gradient checkpointing."
+    "Checkpointing, shared BatchNorm, channels-last memory, two heads in training. Raises `UserError` if checkpointing is not to be had."
     if cfg.grad_checkpointing:
         try: model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as e: raise UserError(f'{cfg.model} has no gradient checkpointing') from e
@@ -468,7 +468,7 @@ def agree(run:Run, # its wishes and its clock
     "Adds up over all processes and waits for the device, once."
     bad = ~(loss.isfinite() & norm.isfinite())
     due = run.cfg.save_minutes > 0 and time.monotonic() - run.saved_at > 60*run.cfg.save_minutes
-    wishes = [loss.new_full((), float(v), dtype=torch.float32) for v in (images, run.asked, due)] # filled there: a copy from here would be a second wait
+    wishes = [loss.new_full((), float(v), dtype=torch.float32) for v in (images, run.asked, due)] # no copy, which would be a second wait
     mine = torch.stack([loss.float(), right.float(), bad.float(), *wishes])
     loss, right, bad, images, stop, due, norm = torch.cat([run.fabric.all_reduce(mine, reduce_op='sum'), norm.float().reshape(1)]).tolist()
     save = due > 0 or (run.cfg.save_steps > 0 and (run.step + 1) % run.cfg.save_steps == 0)
