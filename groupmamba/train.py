@@ -6,16 +6,15 @@
 __all__ = ['PLAIN', 'RECIPES', 'SIGNALS', 'FORMAT', 'MAY_CHANGE', 'COME_BACK', 'WEIGHTS', 'ModelOptions', 'OptimOptions',
            'DeviceOptions', 'HardwareOptions', 'RunOptions', 'TrainConfig', 'make_config', 'model_args', 'make_model',
            'adapt', 'kept_for_backward', 'peak_and_end_lr', 'make_optimizer', 'make_scheduler', 'make_fabric',
-           'set_backend', 'part_size', 'run_folder', 'held', 'claim_folder', 'replacing', 'sync_folder', 'write_csv',
-           'append_csv', 'cut_csv', 'Run', 'find_teacher', 'prepare', 'ignore_signals', 'make_loaders', 'place',
-           'setup', 'die_with_parent', 'forward', 'Seen', 'agree', 'update', 'give_up', 'train_step', 'write_config',
-           'open_logs', 'log', 'progress_bar', 'peak_memory', 'count', 'train_one_epoch', 'validate', 'validate_all',
-           'best_weights', 'rng_states', 'save_checkpoint', 'also_as', 'drop_old', 'load_checkpoint', 'check_same',
-           'restore', 'end_epoch', 'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion',
-           'draw_run', 'report', 'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig',
-           'PredictConfig', 'pick_weights', 'load_model', 'eval_images', 'write_per_class', 'evaluate', 'measure',
-           'predict', 'Parser', 'default_text', 'add_field', 'make_parser', 'run_cli', 'train_cli', 'eval_cli',
-           'predict_cli']
+           'set_backend', 'part_size', 'run_folder', 'held', 'claim_folder', 'write_csv', 'append_csv', 'cut_csv',
+           'Run', 'find_teacher', 'prepare', 'ignore_signals', 'make_loaders', 'place', 'setup', 'die_with_parent',
+           'forward', 'Seen', 'agree', 'update', 'give_up', 'train_step', 'write_config', 'open_logs', 'log',
+           'progress_bar', 'peak_memory', 'count', 'train_one_epoch', 'validate', 'validate_all', 'best_weights',
+           'rng_states', 'save_checkpoint', 'also_as', 'drop_old', 'load_checkpoint', 'check_same', 'restore',
+           'end_epoch', 'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion', 'draw_run',
+           'report', 'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig', 'PredictConfig',
+           'pick_weights', 'load_model', 'eval_images', 'write_per_class', 'evaluate', 'measure', 'predict', 'Parser',
+           'default_text', 'add_field', 'make_parser', 'run_cli', 'train_cli', 'eval_cli', 'predict_cli']
 
 # %% ../nbs/10_train.ipynb #9f00a992
 import argparse, csv, difflib, json, math, os, re, shutil, signal, sys, tempfile, textwrap, threading, time, warnings
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
@@ -39,7 +39,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .data import BadFiles, DataOptions, ImageData, ImageOptions, Options, UserError, check_images, make_dataset, \
-    make_loader, make_mixup, make_transform, mix, names, open_data, open_val, option, read_image, set_epoch
+    make_loader, make_mixup, make_transform, mix, names, open_data, open_val, option, read_image, replacing, set_epoch, write_table
 from .distill import DistillLoss, Teacher, TeacherError, base_loss, make_teacher
 
 # %% ../nbs/10_train.ipynb #b5ac2cb2
@@ -88,6 +88,7 @@ class HardwareOptions(DeviceOptions):
     accumulate:int = option(1, 'parts in which a step is computed, to save memory', lo=1)
     grad_checkpointing:bool = option(False, 'recompute activations in the backward pass, to save memory')
     compile:bool = option(False, 'torch.compile the model')
+    sync_bn:bool = option(False, 'BatchNorm takes its statistics from the images of all GPUs')
     deterministic:bool = option(False, 'only reproducible algorithms; slower')
     threads:int = option(0, "CPU threads of the model; 0: PyTorch's choice", lo=0)
 
@@ -169,10 +170,11 @@ def make_model(args:dict, # from `model_args`
 def adapt(model:nn.Module, # changed in place
           cfg:TrainConfig, # the switches
           )->nn.Module: # the same one
-    "Gradient checkpointing, channels-last memory, two heads in training. Raises `UserError` if the model has no gradient checkpointing."
+    "Checkpointing, shared BatchNorm, channels-last memory, two heads in training. Raises `UserError` if checkpointing is not to be had."
     if cfg.grad_checkpointing:
         try: model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as e: raise UserError(f'{cfg.model} has no gradient checkpointing') from e
+    if cfg.sync_bn: model = convert_sync_batchnorm(model)
     if cfg.channels_last: model.to(memory_format=torch.channels_last)
     if cfg.distill != 'none' and getattr(model, 'distilled', False): model.set_distilled_training(True)
     return model
@@ -269,39 +271,11 @@ def claim_folder(out:Path): # made if needed
         tempfile.TemporaryFile(dir=out).close()
     except OSError as e: raise UserError(f'cannot write to {out}: {e.strerror or e}') from e
 
-# %% ../nbs/10_train.ipynb #235ee6a0
-@contextmanager
-def replacing(path:Path, # the file to write
-              ): # a `with` block that gives a temporary name
-    "The file is either whole or as it was. Raises `UserError` if the disk refuses."
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        temporary.unlink(missing_ok=True) # left behind by a process that was killed
-        yield temporary
-        with open(temporary, 'rb') as f: os.fsync(f.fileno())
-        os.replace(temporary, path)
-        temporary.unlink(missing_ok=True) # to rename a link to the very same file does nothing
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        refused = e if isinstance(e, OSError) else e.__context__ # torch.save wraps it
-        if not isinstance(refused, OSError): raise
-        raise UserError(f'cannot write {path}: {refused.strerror or refused}') from e
-
-def sync_folder(folder:Path): # whose entries have changed
-    "Pushes a rename to the disk, where the system can (Windows cannot open a folder)."
-    if os.name == 'nt': return
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 # %% ../nbs/10_train.ipynb #ae46c755
 def write_csv(path:Path, # replaced as a whole
               rows:list[dict]): # same keys in each
     "A table, with a line of names on top."
-    with replacing(path) as temporary, open(temporary, 'w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader(); writer.writerows(rows)
+    write_table(path, [tuple(rows[0]), *(tuple(r[k] for k in rows[0]) for r in rows)])
 
 def append_csv(path:Path, # made if it is not there
                row:dict): # same keys as the rows in it
@@ -364,16 +338,18 @@ def find_teacher(cfg:TrainConfig, # which teacher
                  )->Teacher|None: # on the CPU
     "The teacher, if one is wanted. Raises `UserError`."
     if cfg.distill == 'none': return None
-    try: return make_teacher(cfg.teacher, len(classes), checkpoint=cfg.teacher_checkpoint, classes=classes, img_size=cfg.img_size, mean=cfg.mean, std=cfg.std,
-                             channels_last=cfg.channels_last, compile=cfg.compile)
+    try: return make_teacher(cfg.teacher, len(classes), checkpoint=cfg.teacher_checkpoint, classes=classes, img_size=cfg.img_size,
+                             mean=cfg.mean, std=cfg.std, compile=cfg.compile)
     except TeacherError as e: raise UserError(str(e)) from e
 
+# %% ../nbs/10_train.ipynb #7c1d52f0
 def prepare(cfg:TrainConfig, # every choice
             )->Run: # with everything one process can make alone
     "Checks everything. Raises `UserError`; nothing is written before all is checked."
     set_backend(cfg)
     fabric = make_fabric(cfg)
     part_size(cfg, fabric.world_size)
+    if cfg.sync_bn and fabric.device.type == 'cpu': raise UserError('sync_bn needs GPUs: PyTorch has no such BatchNorm on a CPU')
     readers = open_data(cfg, cfg.seed)
     bad = BadFiles(sum(map(len, readers)), cfg.max_bad)
     datasets = [make_dataset(cfg, r, training=training, seed=cfg.seed, bad=bad) for r, training in zip(readers, (True, False))]
@@ -411,6 +387,7 @@ def make_loaders(cfg:TrainConfig, # batch size and workers
     for loader in loaders: loader.worker_init_fn = partial(ignore_signals, then=loader.worker_init_fn)
     return fabric.setup_dataloaders(*loaders, use_distributed_sampler=False) # our sampler has dealt the images out
 
+# %% ../nbs/10_train.ipynb #7c1d52f1
 def place(run:Run, # from `prepare`
           )->Run: # the same, ready for `fit`
     "Moves a run to its devices and, if there is an earlier part of it, goes on from there. Raises `UserError`."
@@ -491,8 +468,8 @@ def agree(run:Run, # its wishes and its clock
     "Adds up over all processes and waits for the device, once."
     bad = ~(loss.isfinite() & norm.isfinite())
     due = run.cfg.save_minutes > 0 and time.monotonic() - run.saved_at > 60*run.cfg.save_minutes
-    mine = torch.stack([loss.float(), right.float(), bad.float()])
-    mine = torch.cat([mine, torch.tensor([images, run.asked, due], dtype=mine.dtype).to(mine.device)])
+    wishes = [loss.new_full((), float(v), dtype=torch.float32) for v in (images, run.asked, due)] # no copy, which would be a second wait
+    mine = torch.stack([loss.float(), right.float(), bad.float(), *wishes])
     loss, right, bad, images, stop, due, norm = torch.cat([run.fabric.all_reduce(mine, reduce_op='sum'), norm.float().reshape(1)]).tolist()
     save = due > 0 or (run.cfg.save_steps > 0 and (run.step + 1) % run.cfg.save_steps == 0)
     return Seen(loss/images, right, images, bad > 0, stop > 0, save, norm)
