@@ -142,24 +142,49 @@ def _for_op(u, delta, A, B, C, D, z, delta_bias, softplus):
     return u, delta, A.contiguous(), _time_first(B), _time_first(C), D, z, delta_bias, softplus, 1, u.shape[1], [0]
 
 # %% ../nbs/02_kernels.ipynb #e215fe9a
-def _whole(x, like):
-    "The gradient of `like` from the shares that the programs wrote; an empty tensor if `like` was not given."
-    if like is None: return x
-    if like.dim()==2: return x.sum(0).mT.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-    return (x[0] if len(x)==1 else x.sum(0)).to(like.dtype)
+@triton.jit
+def _sum_kernel(sums, dA, dB, dC, dD, dbias, images, channels, rows, N: tl.constexpr, IMAGES: tl.constexpr, DB: tl.constexpr):
+    "Sum (images, rows, channels) over images, always in the same order. Rows: N of dA, N of dB and of dC if they are constant, then dD, dbias."
+    d, row, i, total = tl.program_id(0)*DB + tl.arange(0, DB), tl.program_id(1), tl.arange(0, IMAGES)[:,None], tl.zeros((DB,), sums.dtype.element_ty)
+    for k in range(0, images, IMAGES):
+        total += tl.sum(tl.load(sums + ((k + i).to(tl.int64)*rows + row)*channels + d[None], mask=(k + i < images) & (d[None] < channels), other=0), 0)
+    tl.store(dA + d*N + row, total, mask=(d < channels) & (row < N))
+    row -= N
+    if dB is not None:
+        tl.store(dB + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dC is not None:
+        tl.store(dC + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dD is not None:
+        tl.store(dD + d, total, mask=(d < channels) & (row == 0))
+        row -= 1
+    if dbias is not None: tl.store(dbias + d, total, mask=(d < channels) & (row == 0))
+
+def _param_sums(u, A, B, C, D, bias):
+    "Where every sequence leaves its sums for the gradients of parameters, (b, rows, d), and views of it that begin at the rows of each; None: no parameter."
+    (b,_,d),n = u.shape, A.shape[1]
+    rows = [n, *(n if M.dim()==2 else 0 for M in (B,C)), *(int(p is not None) for p in (D,bias))]
+    sums = u.new_empty(b, sum(rows), d, dtype=_state_dtype(u))
+    return sums, [sums[:,sum(rows[:i]):] if k else None for i,k in enumerate(rows)]
 
 def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
     "Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for one that was not given."
     u, delta, z, dy = _same_order(u, delta, z, dy)
-    (b,_l,d),n,st = u.shape, A.shape[1], _state_dtype(u)
+    (b,_l,d),n = u.shape, A.shape[1]
     du, dd, dz = _like(u, u), _like(delta, u), _like(z, u)
     programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
-    def shares(M, per): return u.new_empty(b, n, d, dtype=st) if M.dim()==2 else u.new_empty(per//counts[1]*counts[2], *M.shape, dtype=st)
-    dA, dB, dC = shares(A, d), shares(B, counts[3]), shares(C, counts[4])
-    dD, dbias = (u.new_empty(0) if p is None else u.new_empty(b, d, dtype=st) for p in (D, delta_bias))
-    args = (dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders)
-    with _on(u): _backward_kernel[(programs,)](*args, du, dd, dA, dB, dC, dD, dz, dbias, *sizes, *strides, dB[0].numel(), dC[0].numel(), *counts, **meta)
-    return du, dd, _whole(dA, A), _whole(dB, B), _whole(dC, C), _whole(dD, D), u.new_empty(0) if z is None else dz, _whole(dbias, delta_bias)
+    def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
+    shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
+    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(u, A, B, C, D, delta_bias)
+    grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
+    sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
+    dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
+    with _on(u):
+        _backward_kernel[(programs,)](dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
+        _sum_kernel[(-(-d//32), sums.shape[1])](sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
+    dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
+    return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
 
 # %% ../nbs/02_kernels.ipynb #4337bf21
 @triton.jit
@@ -388,10 +413,10 @@ def _add_to(x, i, n, v, N: tl.constexpr):
     else: return x + tl.where(i[:,None] == n, tl.sum(tl.sum(v, 2), 0)[None], 0.)
 
 @triton.jit
-def _store_sums(ptr, x, b, d, in_d, i, channels, N: tl.constexpr):
-    "What `_add_to` has collected, (B, N, D)."
-    if N == 1: tl.store(ptr + b*channels + d, tl.sum(x, 0), mask=in_d)
-    else: tl.store(ptr + ((b*N + i[:,None])*channels + d[None]), x, mask=in_d[None] & (i[:,None] < N))
+def _store_sums(ptr, x, b, d, in_d, i, channels, rows, N: tl.constexpr):
+    "What `_add_to` has collected, to N rows of (B, rows, D)."
+    if N == 1: tl.store(ptr + b*rows*channels + d, tl.sum(x, 0), mask=in_d)
+    else: tl.store(ptr + ((b*rows + i[:,None])*channels + d[None]), x, mask=in_d[None] & (i[:,None] < N))
 
 # %% ../nbs/02_kernels.ipynb #1b5bafdb
 @triton.jit
@@ -408,7 +433,7 @@ def _share(dM, b, block, first, L, channels, unit, per_unit, per_M, size, N: tl.
 
 @triton.jit
 def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
-    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk,
+    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk, rows,
     N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr,
     FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
     "The tiles of `_forward_kernel`, last one first; the states of a tile are made again from the one at its border."
@@ -470,11 +495,11 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
         _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
-    _store_sums(dA, sum_A, b, d, in_d, i, channels, N)
-    if not VAR_B: _store_sums(dB, sum_B, b, d, in_d, i, channels, N)
-    if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, N)
-    if D is not None: tl.store(dD + b*channels + d, tl.sum(sum_D, 0), mask=in_d)
-    if bias is not None: tl.store(dbias + b*channels + d, tl.sum(sum_bias, 0), mask=in_d)
+    _store_sums(dA, sum_A, b, d, in_d, i, channels, rows, N)
+    if not VAR_B: _store_sums(dB, sum_B, b, d, in_d, i, channels, rows, N)
+    if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, rows, N)
+    if D is not None: tl.store(dD + b*rows*channels + d, tl.sum(sum_D, 0), mask=in_d)
+    if bias is not None: tl.store(dbias + b*rows*channels + d, tl.sum(sum_bias, 0), mask=in_d)
 
 # %% ../nbs/02_kernels.ipynb #46325b91
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
