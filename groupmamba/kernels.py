@@ -22,6 +22,7 @@ def _after(a1, x1, a2, x2):
     return a1*a2, a2*x1 + x2
 
 # %% ../nbs/02_kernels.ipynb #a79396b6
+_gather = getattr(tl, 'gather', None)   # newer than Triton 3.2
 _LOG2E = tl.constexpr(1.4426950408889634) # exp(x) = exp2(x·log2(e)), and exp2 is what the hardware has
 _PTX = tl.constexpr(isinstance(_after, triton.JITFunction) and torch.version.hip is None) # compiled for NVIDIA, not interpreted?
 
@@ -236,11 +237,11 @@ def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr
     if RUNS == 1: return h, S + P*h
     elif GATHER:
         r = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
-        if BACK: P, S = tl.gather(P, RUNS - 1 - r, 0), tl.gather(S, RUNS - 1 - r, 0)
+        if BACK: P, S = _gather(P, RUNS - 1 - r, 0), _gather(S, RUNS - 1 - r, 0)
         p, s = tl.associative_scan((P, S), 0, _after)
         out = s + p*h                                            # what leaves the runs
         before, first = (RUNS - 2 - r, RUNS - 1) if BACK else (r - 1, 0)
-        return tl.where(r == first, h, tl.gather(out, tl.maximum(before, 0), 0)), tl.gather(out, r*0 + (RUNS - 1), 0)
+        return tl.where(r == first, h, _gather(out, tl.maximum(before, 0), 0)), _gather(out, r*0 + (RUNS - 1), 0)
     else:
         q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
         return into + q*h, _row(s + p*h, 0 if BACK else RUNS - 1, RUNS)
