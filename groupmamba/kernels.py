@@ -22,7 +22,6 @@ def _after(a1, x1, a2, x2):
     return a1*a2, a2*x1 + x2
 
 # %% ../nbs/02_kernels.ipynb #a79396b6
-_gather = getattr(tl, 'gather', None)   # newer than Triton 3.2
 _LOG2E = tl.constexpr(1.4426950408889634) # exp(x) = exp2(x·log2(e)), and exp2 is what the hardware has
 _PTX = tl.constexpr(isinstance(_after, triton.JITFunction) and torch.version.hip is None) # compiled for NVIDIA, not interpreted?
 
@@ -43,12 +42,13 @@ def _inverse(x):
 @triton.jit
 def _sigmoid(x): return _inverse(1 + _exp2(x*-_LOG2E))
 
+# %% ../nbs/02_kernels.ipynb #c3a1f001
 @triton.jit
 def _softplus(x):
     "max(x, 0) + log1p(w) with w = exp(-|x|)."
     w = _exp2(tl.abs(x)*-_LOG2E)
     if x.dtype == tl.float64: return tl.maximum(x, 0) + tl.log(1 + w)
-    else:                                                        # log1p(w) = 2 artanh(s), s <= 1/3: a polynomial in s*s, relative error 4e-9
+    else:                                                        # log1p(w) = 2 artanh(s), s <= 1/3: a polynomial in s*s, good to 1e-8
         s = w*_inverse(2 + w)
         r = s*s
         return tl.maximum(x, 0) + s*(2. + r*(0.66666323 + r*(0.40024597 + r*(0.27965158 + r*0.28157779))))
@@ -67,126 +67,6 @@ def _load_row(ptr, d, in_d, ST: tl.constexpr):
     "A number for each channel, as something that broadcasts to (RUNS, DB, 4)."
     return tl.load(ptr + d, mask=in_d, other=0).to(ST)[None,:,None]
 
-# %% ../nbs/02_kernels.ipynb #03dd3a0c
-def _unit(d, B, C, n_walks):
-    "Channels that share a direction, a `B` and a `C`."
-    return d//math.lcm(n_walks, *(M.shape[2] for M in (B,C) if M.dim()==4))
-
-def _channels_last(u):
-    "Are channels side by side in memory, or times?"
-    return u.stride(2)==1 or u.stride(1)!=1
-
-def _plan(u, A, B, C, n_walks):
-    "(runs, channels) of a tile, and of both passes (warps, loads in flight): the fastest of those tried on an H100."
-    unit, n = _unit(u.shape[2], B, C, n_walks), A.shape[1]
-    db = 16 if unit<=16 or not _channels_last(u) else 32
-    return 256//db, db, True, (2, 1), (2, 1)
-
-# %% ../nbs/02_kernels.ipynb #7b0ef44d
-def _like(x, u):
-    "An empty tensor for something of the form of `x`, kept in memory as `u` is."
-    if x is None: return None
-    b,l,d = x.shape
-    return x.new_empty(b, l, d) if _channels_last(u) else x.new_empty(b, d, l).mT
-
-def _same_order(u, *xs):
-    "All of them with channels, or all with times, side by side in memory, as `u` has it."
-    k = 2 if _channels_last(u) else 1
-    return [x if x is None or x.stride(k)==1 else x.contiguous() if k==2 else x.mT.contiguous().mT for x in (u,*xs)]
-
-# %% ../nbs/02_kernels.ipynb #6746b680
-def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-def _strides(xs, u, B, C):
-    "(batch, step or channel) of each of `xs`, then all four of `B` and `C`; 0 for what is not there or constant. Also: may four at once be loaded?"
-    (b,l,d),last = u.shape, _channels_last(u)
-    batch, inner = zip(*((0,0) if x is None else (x.stride(0), x.stride(1 if last else 2)) for x in xs))
-    if max(max(inner)*(l if last else d), *(l*M.stride(1) for M in (B,C) if M.dim()==4), 0) >= 2**31: raise ValueError(f"u has shape {(b,d,l)}; u, B and C must hold fewer than 2**31 numbers in a sequence")
-    align = 4 if not last and l%4==0 and all(s%4==0 for s in inner) else 1
-    strides = [s for pair in zip(batch, (s//align for s in inner)) for s in pair]
-    for M in (B,C): strides += M.stride() if M.dim()==4 else (0,0,0,0)
-    return strides, align
-
-def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
-    "What forward and backward share: (programs, sizes, strides, channel counts, compile-time constants)."
-    (b,l,d),n = u.shape, A.shape[1]
-    unit, (runs, db, gather, *passes) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))
-    per_unit, tiles, (warps, stages) = -(-unit//db), -(-l//(4*runs)), passes[backward]
-    counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C)), d//len(walks)]
-    strides, align = _strides(xs, u, B, C)
-    sizes = l//align, h, w, sum(k << 2*i for i,k in enumerate(walks)), tiles
-    layout = 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
-    steps = {x.stride(1 if _channels_last(u) else 2) for x in xs if x is not None}
-    meta = dict(SAME=len(steps)==1, SAME_BC=B.dim()==4==C.dim() and B.stride(1)==C.stride(1), GATHER=gather and hasattr(tl, 'gather'), N=n, NP=1 << (n-1).bit_length(), RUNS=runs, DB=db, ALIGN=align, FULL=unit%db==0, EVEN=l%(4*runs)==0, SOFTPLUS=softplus, VAR_B=B.dim()==4, VAR_C=C.dim()==4,
-                MAP=layout, ST=tl.float64 if u.dtype==torch.float64 else tl.float32, STAGES=stages, num_warps=warps)
-    return b*(d//unit)*per_unit, sizes, strides, counts, meta
-
-# %% ../nbs/02_kernels.ipynb #2fa3714e
-def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
-    "y (b, l, d), last state (b, d, n), and the states at the borders of the tiles (b, tiles, n, d)."
-    u, delta, z = _same_order(u, delta, z)
-    (b,_l,d),n,st,y = u.shape, A.shape[1], _state_dtype(u), _like(u, u)
-    programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
-    last, borders = u.new_empty(b, d, n, dtype=st), u.new_empty(b, sizes[-1], n, d, dtype=st)
-    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, *strides, *counts, **meta)
-    return y, last, borders
-
-# %% ../nbs/02_kernels.ipynb #2d9151f7
-def _time_first(M):
-    "`B` or `C` as (B, L, G, N), without a copy; a constant one (D, N) in order."
-    if M.dim()==2: return M.contiguous()
-    return (M[:,None] if M.dim()==3 else M).permute(0,3,1,2)
-
-def _for_op(u, delta, A, B, C, D, z, delta_bias, softplus):
-    "The arguments of `selective_scan` as kernels want them: time before channels, one row of one walk."
-    u, delta, z = (None if x is None else x.mT for x in (u, delta, z))
-    return u, delta, A.contiguous(), _time_first(B), _time_first(C), D, z, delta_bias, softplus, 1, u.shape[1], [0]
-
-# %% ../nbs/02_kernels.ipynb #e215fe9a
-@triton.jit
-def _sum_kernel(sums, dA, dB, dC, dD, dbias, images, channels, rows, N: tl.constexpr, IMAGES: tl.constexpr, DB: tl.constexpr):
-    "Sum (images, rows, channels) over images, always in the same order. Rows: N of dA, N of dB and of dC if they are constant, then dD, dbias."
-    d, row, i, total = tl.program_id(0)*DB + tl.arange(0, DB), tl.program_id(1), tl.arange(0, IMAGES)[:,None], tl.zeros((DB,), sums.dtype.element_ty)
-    for k in range(0, images, IMAGES):
-        total += tl.sum(tl.load(sums + ((k + i).to(tl.int64)*rows + row)*channels + d[None], mask=(k + i < images) & (d[None] < channels), other=0), 0)
-    tl.store(dA + d*N + row, total, mask=(d < channels) & (row < N))
-    row -= N
-    if dB is not None:
-        tl.store(dB + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
-        row -= N
-    if dC is not None:
-        tl.store(dC + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
-        row -= N
-    if dD is not None:
-        tl.store(dD + d, total, mask=(d < channels) & (row == 0))
-        row -= 1
-    if dbias is not None: tl.store(dbias + d, total, mask=(d < channels) & (row == 0))
-
-def _param_sums(u, A, B, C, D, bias):
-    "Where every sequence leaves its sums for the gradients of parameters, (b, rows, d), and views of it that begin at the rows of each; None: no parameter."
-    (b,_,d),n = u.shape, A.shape[1]
-    rows = [n, *(n if M.dim()==2 else 0 for M in (B,C)), *(int(p is not None) for p in (D,bias))]
-    sums = u.new_empty(b, sum(rows), d, dtype=_state_dtype(u))
-    return sums, [sums[:,sum(rows[:i]):] if k else None for i,k in enumerate(rows)]
-
-def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
-    "Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for one that was not given."
-    u, delta, z, dy = _same_order(u, delta, z, dy)
-    (b,_l,d),n = u.shape, A.shape[1]
-    du, dd, dz = _like(u, u), _like(delta, u), _like(z, u)
-    programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
-    def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
-    shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
-    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(u, A, B, C, D, delta_bias)
-    grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
-    sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
-    dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
-    with _on(u):
-        _backward_kernel[(programs,)](dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
-        _sum_kernel[(-(-d//32), sums.shape[1])](sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
-    dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
-    return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
-
 # %% ../nbs/02_kernels.ipynb #4337bf21
 @triton.jit
 def _join4(x0, x1, x2, x3):
@@ -202,6 +82,7 @@ def _split4(x):
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
 
+# %% ../nbs/02_kernels.ipynb #c3a1f004
 @triton.jit
 def _local(a, w):
     "A run of four steps takes the state h that enters it to P·h + S: (P, S)."
@@ -225,6 +106,15 @@ def _through(q1, r1, p1, s1, q2, r2, p2, s2):
     "Stretch 1, then stretch 2. s, p: a stretch takes h to p·h + s; q, r: its last run is entered by q·h + r."
     return q2*p1, q2*s1 + r2, p2*p1, p2*s1 + s2
 
+# %% ../nbs/02_kernels.ipynb #c3a1f005
+_HAS_GATHER = hasattr(tl, 'gather')                              # Triton 3.2 has none
+if _HAS_GATHER:
+    @triton.jit
+    def _from_run(x, r): return tl.gather(x, r, 0)
+else:
+    @triton.jit
+    def _from_run(x, r): return x
+
 @triton.jit
 def _row(x, i, RUNS: tl.constexpr):
     "Row i of a tile (RUNS, DB), in every row."
@@ -237,11 +127,11 @@ def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr
     if RUNS == 1: return h, S + P*h
     elif GATHER:
         r = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
-        if BACK: P, S = _gather(P, RUNS - 1 - r, 0), _gather(S, RUNS - 1 - r, 0)
+        if BACK: P, S = _from_run(P, RUNS - 1 - r), _from_run(S, RUNS - 1 - r)
         p, s = tl.associative_scan((P, S), 0, _after)
         out = s + p*h                                            # what leaves the runs
         before, first = (RUNS - 2 - r, RUNS - 1) if BACK else (r - 1, 0)
-        return tl.where(r == first, h, _gather(out, tl.maximum(before, 0), 0)), _gather(out, r*0 + (RUNS - 1), 0)
+        return tl.where(r == first, h, _from_run(out, tl.maximum(before, 0))), _from_run(out, r*0 + (RUNS - 1))
     else:
         q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
         return into + q*h, _row(s + p*h, 0 if BACK else RUNS - 1, RUNS)
@@ -282,6 +172,7 @@ def _read(ptr, s, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.cons
         x = tl.load(ptr + (d[:,None]*s + i[None]), mask=in_d[:,None] & (i < L)[None], other=0).to(ST)
         return tl.permute(tl.reshape(x, (DB, RUNS, 4)), (1, 0, 2))
 
+# %% ../nbs/02_kernels.ipynb #c3a1f006
 @triton.jit
 def _write_row(ptr, x, p, s, d, k, in_d, FULL: tl.constexpr, EVEN: tl.constexpr):
     ptrs = ptr + (p[:,None]*s + d[None])
@@ -382,6 +273,83 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
     if N == 1: _store_state(last + b*channels, h_all, d, in_d, RUNS)
     else: tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
 
+# %% ../nbs/02_kernels.ipynb #03dd3a0c
+def _unit(d, B, C, n_walks):
+    "Channels that share a direction, a `B` and a `C`."
+    return d//math.lcm(n_walks, *(M.shape[2] for M in (B,C) if M.dim()==4))
+
+def _channels_last(u):
+    "Are channels side by side in memory, or times?"
+    return u.stride(2)==1 or u.stride(1)!=1
+
+def _plan(u, A, B, C, n_walks):
+    "(runs, channels) of a tile, and of both passes (warps, loads in flight): the fastest of those tried on an H100."
+    unit, n = _unit(u.shape[2], B, C, n_walks), A.shape[1]
+    db = 16 if unit<=16 or not _channels_last(u) else 32
+    return 256//db, db, True, (2, 1), (2, 1)
+
+# %% ../nbs/02_kernels.ipynb #7b0ef44d
+def _like(x, u):
+    "An empty tensor for something of the form of `x`, kept in memory as `u` is."
+    if x is None: return None
+    b,l,d = x.shape
+    return x.new_empty(b, l, d) if _channels_last(u) else x.new_empty(b, d, l).mT
+
+def _same_order(u, *xs):
+    "All of them with channels, or all with times, side by side in memory, as `u` has it."
+    k = 2 if _channels_last(u) else 1
+    return [x if x is None or x.stride(k)==1 else x.contiguous() if k==2 else x.mT.contiguous().mT for x in (u,*xs)]
+
+# %% ../nbs/02_kernels.ipynb #6746b680
+def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+def _strides(xs, u, B, C):
+    "(batch, step or channel) of each of `xs`, then all four of `B` and `C`; 0 for what is not there or constant. Also: may four at once be loaded?"
+    (b,l,d),last = u.shape, _channels_last(u)
+    batch, inner = zip(*((0,0) if x is None else (x.stride(0), x.stride(1 if last else 2)) for x in xs))
+    if max(max(inner)*(l if last else d), *(l*M.stride(1) for M in (B,C) if M.dim()==4), 0) >= 2**31: raise ValueError(f"u has shape {(b,d,l)}; u, B and C must hold fewer than 2**31 numbers in a sequence")
+    align = 4 if not last and l%4==0 and all(s%4==0 for s in inner) else 1
+    strides = [s for pair in zip(batch, (s//align for s in inner)) for s in pair]
+    for M in (B,C): strides += M.stride() if M.dim()==4 else (0,0,0,0)
+    return strides, align
+
+# %% ../nbs/02_kernels.ipynb #c3a1f009
+def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
+    "What forward and backward share: (programs, sizes, strides, channel counts, compile-time constants)."
+    (b,l,d),n = u.shape, A.shape[1]
+    unit, (runs, db, gather, *passes) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))
+    per_unit, tiles, (warps, stages) = -(-unit//db), -(-l//(4*runs)), passes[backward]
+    counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C)), d//len(walks)]
+    strides, align = _strides(xs, u, B, C)
+    sizes = l//align, h, w, sum(k << 2*i for i,k in enumerate(walks)), tiles
+    layout = 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
+    same = len({x.stride(1 if _channels_last(u) else 2) for x in xs if x is not None})==1, B.dim()==4==C.dim() and B.stride(1)==C.stride(1)
+    meta = dict(N=n, NP=1 << (n-1).bit_length(), RUNS=runs, DB=db, ALIGN=align, SAME=same[0], SAME_BC=same[1], GATHER=gather and _HAS_GATHER, FULL=unit%db==0,
+                EVEN=l%(4*runs)==0, SOFTPLUS=softplus, VAR_B=B.dim()==4, VAR_C=C.dim()==4, MAP=layout, ST=tl.float64 if u.dtype==torch.float64 else tl.float32,
+                STAGES=stages, num_warps=warps)
+    return b*(d//unit)*per_unit, sizes, strides, counts, meta
+
+# %% ../nbs/02_kernels.ipynb #2fa3714e
+def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
+    "y (b, l, d), last state (b, d, n), and the states at the borders of the tiles (b, tiles, n, d)."
+    u, delta, z = _same_order(u, delta, z)
+    (b,_l,d),n,st,y = u.shape, A.shape[1], _state_dtype(u), _like(u, u)
+    programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
+    last, borders = u.new_empty(b, d, n, dtype=st), u.new_empty(b, sizes[-1], n, d, dtype=st)
+    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, *strides, *counts, **meta)
+    return y, last, borders
+
+# %% ../nbs/02_kernels.ipynb #2d9151f7
+def _time_first(M):
+    "`B` or `C` as (B, L, G, N), without a copy; a constant one (D, N) in order."
+    if M.dim()==2: return M.contiguous()
+    return (M[:,None] if M.dim()==3 else M).permute(0,3,1,2)
+
+def _for_op(u, delta, A, B, C, D, z, delta_bias, softplus):
+    "The arguments of `selective_scan` as kernels want them: time before channels, one row of one walk."
+    u, delta, z = (None if x is None else x.mT for x in (u, delta, z))
+    return u, delta, A.contiguous(), _time_first(B), _time_first(C), D, z, delta_bias, softplus, 1, u.shape[1], [0]
+
 # %% ../nbs/02_kernels.ipynb #9dea3177
 @triton.jit
 def _local_back(a, c):
@@ -400,6 +368,26 @@ def _global_back(a, c, s):
     q1 = c1 + a2*q2
     return _join4(c0 + a1*q1, q1, q2, q3)
 
+# %% ../nbs/02_kernels.ipynb #a66cb3f9
+@triton.jit
+def _before(p1, q1, a1, p2, q2, a2):
+    "First the later part 1, then the earlier part 2. A part takes s, what comes from after it, to p·s + q; a is the decay of its first step."
+    return p2*a1*p1, p2*a1*q1 + q2, a2
+
+# %% ../nbs/02_kernels.ipynb #1b5bafdb
+@triton.jit
+def _gate_grad(g, z):
+    "For y·SiLU(z) with gradient g: the gradient of y, and that of z still to be multiplied by y."
+    s = _sigmoid(z)
+    return g*z*s, g*s*(1 + z*(1 - s))
+
+@triton.jit
+def _share(dM, b, block, first, L, channels, unit, per_unit, per_M, size, N: tl.constexpr):
+    "Where this block puts its share of dB or dC, (shares, B, L, G, N)."
+    g = first//per_M
+    return dM + (block - g*(per_M//unit)*per_unit)*size + (b*L*(channels//per_M) + g)*N
+
+# %% ../nbs/02_kernels.ipynb #c3a1f007
 @triton.jit
 def _write_sums(ptr, s, x, p0, p1, p2, p3, t, L):
     "Sums over the channels of the block, one number for each step."
@@ -419,19 +407,7 @@ def _store_sums(ptr, x, b, d, in_d, i, channels, rows, N: tl.constexpr):
     if N == 1: tl.store(ptr + b*rows*channels + d, tl.sum(x, 0), mask=in_d)
     else: tl.store(ptr + ((b*rows + i[:,None])*channels + d[None]), x, mask=in_d[None] & (i[:,None] < N))
 
-# %% ../nbs/02_kernels.ipynb #1b5bafdb
-@triton.jit
-def _gate_grad(g, z):
-    "For y·SiLU(z) with gradient g: the gradient of y, and that of z still to be multiplied by y."
-    s = _sigmoid(z)
-    return g*z*s, g*s*(1 + z*(1 - s))
-
-@triton.jit
-def _share(dM, b, block, first, L, channels, unit, per_unit, per_M, size, N: tl.constexpr):
-    "Where this block puts its share of dB or dC, (shares, B, L, G, N)."
-    g = first//per_M
-    return dM + (block - g*(per_M//unit)*per_unit)*size + (b*L*(channels//per_M) + g)*N
-
+# %% ../nbs/02_kernels.ipynb #c3a1f008
 @triton.jit
 def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
     gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk, rows,
@@ -501,6 +477,53 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, rows, N)
     if D is not None: tl.store(dD + b*rows*channels + d, tl.sum(sum_D, 0), mask=in_d)
     if bias is not None: tl.store(dbias + b*rows*channels + d, tl.sum(sum_bias, 0), mask=in_d)
+
+# %% ../nbs/02_kernels.ipynb #e215fe9a
+@triton.jit
+def _sum_kernel(sums, dA, dB, dC, dD, dbias, images, channels, rows, N: tl.constexpr, IMAGES: tl.constexpr, DB: tl.constexpr):
+    "Sum (images, rows, channels) over images, always in the same order. Rows: N of dA, N of dB and of dC if they are constant, then dD, dbias."
+    d, row, i, total = tl.program_id(0)*DB + tl.arange(0, DB), tl.program_id(1), tl.arange(0, IMAGES)[:,None], tl.zeros((DB,), sums.dtype.element_ty)
+    for k in range(0, images, IMAGES):
+        total += tl.sum(tl.load(sums + ((k + i).to(tl.int64)*rows + row)*channels + d[None], mask=(k + i < images) & (d[None] < channels), other=0), 0)
+    tl.store(dA + d*N + row, total, mask=(d < channels) & (row < N))
+    row -= N
+    if dB is not None:
+        tl.store(dB + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dC is not None:
+        tl.store(dC + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dD is not None:
+        tl.store(dD + d, total, mask=(d < channels) & (row == 0))
+        row -= 1
+    if dbias is not None: tl.store(dbias + d, total, mask=(d < channels) & (row == 0))
+
+# %% ../nbs/02_kernels.ipynb #c3a1f002
+def _param_sums(u, A, B, C, D, bias):
+    "Where every sequence leaves its sums for the gradients of parameters, (b, rows, d), and views of it that begin at the rows of each; None: no parameter."
+    (b,_,d),n = u.shape, A.shape[1]
+    rows = [n, *(n if M.dim()==2 else 0 for M in (B,C)), *(int(p is not None) for p in (D,bias))]
+    sums = u.new_empty(b, sum(rows), d, dtype=_state_dtype(u))
+    return sums, [sums[:,sum(rows[:i]):] if k else None for i,k in enumerate(rows)]
+
+# %% ../nbs/02_kernels.ipynb #c3a1f003
+def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
+    "Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for one that was not given."
+    u, delta, z, dy = _same_order(u, delta, z, dy)
+    (b,_l,d),n = u.shape, A.shape[1]
+    du, dd, dz = _like(u, u), _like(delta, u), _like(z, u)
+    programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
+    def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
+    shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
+    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(u, A, B, C, D, delta_bias)
+    grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
+    sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
+    dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
+    with _on(u):
+        _backward_kernel[(programs,)](dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
+        _sum_kernel[(-(-d//32), sums.shape[1])](sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
+    dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
+    return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
 
 # %% ../nbs/02_kernels.ipynb #46325b91
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
