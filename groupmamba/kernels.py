@@ -138,35 +138,44 @@ def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr
 
 # %% ../nbs/02_kernels.ipynb #ea3355bf
 @triton.jit
-def _places(walk, t, H, W, L, MAP: tl.constexpr):
-    "Where steps t to t + 3 of a walk are kept. walk: 0 along rows, 1 that backwards, 2 along columns, 3 that backwards."
+def _places(walk, t, H, W, L, EVEN: tl.constexpr, MAP: tl.constexpr):
+    """Where steps t to t + 3 of a walk are kept; for a step past the end, where the last one is. EVEN: none is.
+    walk: 0 along rows, 1 that backwards, 2 along columns, 3 that backwards."""
     if MAP == 2:
         inner, step = tl.where(walk >= 2, H, L), tl.where(walk >= 2, W, 1)
-        r, p = t % inner, t % inner*step + t//inner
+        first = t if EVEN else tl.minimum(t, L - 1)
+        r, p = first % inner, first % inner*step + first//inner
         base, sign = tl.where(walk % 2 == 1, L - 1, 0), tl.where(walk % 2 == 1, -1, 1)
         p0 = base + sign*p
         step, jump = sign*step, sign*(step - L + 1)              # one step on, or from the end of a column to the next
         p1 = p0 + tl.where(r + 1 == inner, jump, step); r = tl.where(r + 1 == inner, 0, r + 1)
         p2 = p1 + tl.where(r + 1 == inner, jump, step); r = tl.where(r + 1 == inner, 0, r + 1)
-        return p0, p1, p2, p2 + tl.where(r + 1 == inner, jump, step)
-    else: return t, t + 1, t + 2, t + 3
+        p3 = p2 + tl.where(r + 1 == inner, jump, step)
+        if not EVEN: p1 = tl.where(t + 1 < L, p1, p0); p2 = tl.where(t + 2 < L, p2, p1); p3 = tl.where(t + 3 < L, p3, p2)
+        return p0, p1, p2, p3
+    elif EVEN: return t, t + 1, t + 2, t + 3
+    else: return tl.minimum(t, L - 1), tl.minimum(t + 1, L - 1), tl.minimum(t + 2, L - 1), tl.minimum(t + 3, L - 1)
+
+@triton.jit
+def _exist(x, t, L, EVEN: tl.constexpr):
+    "The tile (RUNS, DB, 4) with 0 for steps past the end."
+    if EVEN: return x
+    else: return tl.where(_join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:], x, 0.)
 
 # %% ../nbs/02_kernels.ipynb #157cce65
 @triton.jit
-def _load_row4(ptr, p, s, d, k, in_d, FULL: tl.constexpr, EVEN: tl.constexpr):
-    "One step of every run, (RUNS, DB). FULL: all channels exist. EVEN: all steps do. Not to ask spares a mask for each number."
+def _load_row4(ptr, p, s, d, in_d, FULL: tl.constexpr):
+    "One step of every run, (RUNS, DB). FULL: all channels exist; not to ask spares a mask."
     ptrs = ptr + (p[:,None]*s + d[None])
-    if FULL and EVEN: return tl.load(ptrs)
-    elif FULL: return tl.load(ptrs, mask=k[:,None], other=0)
-    elif EVEN: return tl.load(ptrs, mask=in_d[None], other=0)
-    else: return tl.load(ptrs, mask=k[:,None] & in_d[None], other=0)
+    if FULL: return tl.load(ptrs)
+    else: return tl.load(ptrs, mask=in_d[None], other=0)
 
 @triton.jit
-def _read(ptr, s, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
+def _read(ptr, s, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
     "A tile (RUNS, DB, 4): four steps of RUNS runs."
     if MAP:
-        return _join4(_load_row4(ptr, p0, s, d, t < L, in_d, FULL, EVEN), _load_row4(ptr, p1, s, d, t + 1 < L, in_d, FULL, EVEN),
-                      _load_row4(ptr, p2, s, d, t + 2 < L, in_d, FULL, EVEN), _load_row4(ptr, p3, s, d, t + 3 < L, in_d, FULL, EVEN)).to(ST)
+        return _join4(_load_row4(ptr, p0, s, d, in_d, FULL), _load_row4(ptr, p1, s, d, in_d, FULL),
+                      _load_row4(ptr, p2, s, d, in_d, FULL), _load_row4(ptr, p3, s, d, in_d, FULL)).to(ST)
     else:                                                        # times side by side: a run is four neighbours
         i = tl.min(t, 0) + tl.arange(0, 4*RUNS)
         x = tl.load(ptr + (d[:,None]*s + i[None]), mask=in_d[:,None] & (i < L)[None], other=0).to(ST)
@@ -195,21 +204,11 @@ def _write(ptr, s, x, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.
 
 # %% ../nbs/02_kernels.ipynb #8eb14f3c
 @triton.jit
-def _matrix(ptr, n, p0, p1, p2, p3, t, L, sp, sn, d, in_d, N: tl.constexpr, EVEN: tl.constexpr, VARIES: tl.constexpr, ST: tl.constexpr):
+def _matrix(ptr, n, p0, p1, p2, p3, sp, sn, d, in_d, N: tl.constexpr, VARIES: tl.constexpr, ST: tl.constexpr):
     "State n of `B` or `C`: (RUNS, 1, 4) where it varies with time, (1, DB, 1) where it is constant."
     ptr += n*sn if VARIES else n
-    if VARIES and EVEN: return _join4(tl.load(ptr + p0*sp), tl.load(ptr + p1*sp), tl.load(ptr + p2*sp), tl.load(ptr + p3*sp)).to(ST)[:,None,:]
-    elif VARIES:
-        return _join4(tl.load(ptr + p0*sp, mask=t < L, other=0), tl.load(ptr + p1*sp, mask=t + 1 < L, other=0),
-                      tl.load(ptr + p2*sp, mask=t + 2 < L, other=0), tl.load(ptr + p3*sp, mask=t + 3 < L, other=0)).to(ST)[:,None,:]
+    if VARIES: return _join4(tl.load(ptr + p0*sp), tl.load(ptr + p1*sp), tl.load(ptr + p2*sp), tl.load(ptr + p3*sp)).to(ST)[:,None,:]
     else: return _load_row(ptr, d*N, in_d, ST)
-
-@triton.jit
-def _delta(raw, t, L, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
-    "Δ; 0 for a step that does not exist. EVEN: all steps do."
-    if SOFTPLUS: raw = _softplus(raw)
-    if EVEN: return raw
-    else: return tl.where(_join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:], raw, 0.)
 
 # %% ../nbs/02_kernels.ipynb #ac3517d0
 @triton.jit
@@ -250,24 +249,24 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
     if bias is not None: shift = _load_row(bias, d, in_d, ST)
     for k in tl.range(K, num_stages=STAGES):
         t = (k*RUNS + tl.arange(0, RUNS))*4
-        p0, p1, p2, p3 = _places(walk, t, H, W, L, MAP)
-        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
-        delta = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
+        p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
+        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        delta = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
         if bias is not None: delta += shift
-        delta = _delta(delta, t, L, SOFTPLUS, EVEN)
+        delta = _exist(_softplus(delta) if SOFTPLUS else delta, t, L, EVEN)
         v = delta*x
         out = x*skip if D is not None else x*0
         for n in range(N):
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
-            w = v*_matrix(B, n, p0, p1, p2, p3, t, end, Bl, Bn, d, in_d, N, EVEN, VAR_B, ST)
+            w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
             h0 = _pick(h_all, i, n, N, RUNS, DB)
             _store_state(borders + ((b*K + k)*N + n)*channels, h0, d, in_d, RUNS)
             P, S = _local(a, w)
             h, h0 = _enter(P, S, h0, RUNS, False, GATHER)                # carry
             h_all = _put(h_all, i, n, h0, N, RUNS)
-            out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, t, end, Cl, Cn, d, in_d, N, EVEN, VAR_C, ST)
+            out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
-            gate = _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
+            gate = _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
             out *= gate*_sigmoid(gate)
         _write(y, ys, out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
     if N == 1: _store_state(last + b*channels, h_all, d, in_d, RUNS)
@@ -435,21 +434,21 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     for j in tl.range(K, num_stages=STAGES):
         k = K - 1 - j
         t = (k*RUNS + tl.arange(0, RUNS))*4
-        p0, p1, p2, p3 = _places(walk, t, H, W, L, MAP)
-        raw = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
-        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
-        g = _read(dy, gs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST)
+        p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
+        raw = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        g = _exist(_read(dy, gs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST), t, L, EVEN)
         if bias is not None: raw += shift
-        delta = _delta(raw, t, L, SOFTPLUS, EVEN)
-        if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP, ST))
+        delta = _exist(_softplus(raw) if SOFTPLUS else raw, t, L, EVEN)
+        if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST))
         if D is not None: sum_D += tl.sum(g*x, 2)
         if z is not None: out = x*skip if D is not None else x*0
         v, dd, dx = delta*x, x*0, g*skip if D is not None else x*0
         for n in range(N):
             An = A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)
             a = _exp2(delta*(An*_LOG2E))
-            Bt = _matrix(B, n, p0, p1, p2, p3, t, end, Bl, Bn, d, in_d, N, EVEN, VAR_B, ST)
-            Ct = _matrix(C, n, p0, p1, p2, p3, t, end, Cl, Cn, d, in_d, N, EVEN, VAR_C, ST)
+            Bt = _matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
+            Ct = _matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
             w, c, h0 = v*Bt, g*Ct, tl.load(borders + ((b*K + k)*N + n)*channels + d, mask=in_d, other=0)[None]
             h0 = tl.broadcast_to(h0, (RUNS, DB))
             P, S = _local(a, w)
@@ -468,7 +467,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
             dd += f*An + q*x
             dx += q*delta
         if SOFTPLUS: dd *= _sigmoid(raw)
-        if bias is not None: sum_bias += tl.sum(dd if EVEN else tl.where(_join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:], dd, 0.), 2)
+        if bias is not None: sum_bias += tl.sum(_exist(dd, t, L, EVEN), 2)
         _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
