@@ -875,8 +875,8 @@ class ImageData(Dataset):
     def fetch(self, i:int)->tuple: # image or none, class number, notes for `BadFiles`
         "Image `i`, or the one that stands in for it. Never raises `BadImage`: this runs in workers, and the notes come out."
         notes = []
-        for j in range(i, i + (min(ATTEMPTS, len(self)) if self.on_bad == 'replace' else 1)):
-            j %= len(self)
+        for j in range(i, i + (min(ATTEMPTS, len(self.reader)) if self.on_bad == 'replace' else 1)):
+            j %= len(self.reader)
             try: image, target, kind = read_sample(self.reader, j)
             except BadImage as e: notes.append(('skipped', self.reader.filename(j, absolute=True), e.reason)); continue
             if kind: notes.append(('converted', self.reader.filename(j, absolute=True), kind))
