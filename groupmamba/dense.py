@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'PHOTOS', 'need', 'Pyramid', 'make_backbone', 'backbone_state', 'load_backbone', 'polygon', 'photographs',
            'photo_piece', 'texture', 'place_shape', 'draw_scene', 'scene_objects', 'DrawnScene', 'write_scenes',
-           'scenes_folder', 'DenseData', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions', 'gpu_wanted',
-           'DenseTask', 'Spared', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs']
+           'scenes_folder', 'DenseData', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions', 'data_folder',
+           'gpu_wanted', 'DenseTask', 'Spared', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs']
 
 # %% ../nbs/12_dense.ipynb #6bfaf010
 import json, os, tempfile
@@ -204,6 +204,7 @@ def scene_objects(ids:np.ndarray, # (h, w), object number of each pixel, 0: none
                           segmentation=dict(size=[int(n) for n in code['size']], counts=code['counts'].decode())))
     return found
 
+# %% ../nbs/12_dense.ipynb #0db66c66
 @dataclass
 class DrawnScene(Dataset):
     "Item `i` draws a scene and writes picture and mask. A `Dataset` only to let a `DataLoader` spread the work over processes."
@@ -216,7 +217,8 @@ class DrawnScene(Dataset):
         image, ids, classes = draw_scene(np.random.default_rng(stable_hash('scene', self.part, i)), self.part)
         Image.fromarray(image).save(self.folder/'images'/self.name/f'{i:05d}.jpg', quality=92)
         Image.fromarray(np.array([0, *(c + 1 for c in classes)], np.uint8)[ids]).save(self.folder/'annotations'/self.name/f'{i:05d}.png')
-        return dict(id=i + 1, file_name=f'{i:05d}.jpg', height=ids.shape[0], width=ids.shape[1]), [o | dict(image_id=i + 1) for o in scene_objects(ids, classes)]
+        record = dict(id=i + 1, file_name=f'{i:05d}.jpg', height=ids.shape[0], width=ids.shape[1])
+        return record, [o | dict(image_id=i + 1) for o in scene_objects(ids, classes)]
 
 def write_scenes(folder, # made if it is not there
                  train:int=1000, # scenes for training
@@ -302,7 +304,7 @@ class SceneOptions(Options):
     bad_files:str = option('skip', 'what to do about pictures or annotations that cannot be used', choices=('skip', 'stop'))
     max_bad:float = option(0.1, 'largest part of the pictures that may be skipped', lo=0, hi=1)
     num_workers:int = option(8, 'processes that load pictures; 0: the main one does it', lo=0)
-    scenes:int = option(1000, 'drawn scenes for training, and a fifth of it for validation, where there is no `data`', lo=5)
+    scenes:int = option(1000, 'drawn scenes for training, and a fifth of it, 200 at most, for validation, where there is no `data`', lo=5)
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(Options):
@@ -310,6 +312,9 @@ class BackboneOptions(Options):
     model:str = option('groupmamba_tiny', 'backbone: any model name of timm with maps at strides 4 to 32; ours begin with groupmamba_')
     backbone:str|None = option(None, 'checkpoint of a classifier to start from: of groupmamba_train, of the authors, or any weights of the timm model')
     drop_path:float = option(0.2, 'how often a residual branch is skipped in training (stochastic depth)', lo=0, hi=0.9)
+
+def data_folder(cfg:SceneOptions)->Path: # what `data` names, or the drawn scenes
+    return Path(cfg.data) if cfg.data else scenes_folder(None, cfg.scenes, min(200, cfg.scenes//5), cfg.num_workers)
 
 def gpu_wanted(cfg)->bool: # could it run on a GPU?
     return cfg.accelerator != 'cpu' and torch.cuda.is_available()

@@ -6,8 +6,9 @@
 __all__ = ['NORMS', 'DETECT_RECIPES', 'DETECTION', 'PyramidFPN', 'in_float32', 'GroupMaskRCNN', 'mask_rcnn', 'count_parts',
            'read_json', 'fault', 'clear_objects', 'CocoReader', 'coco_parts', 'open_coco', 'DetectView',
            'gather_pictures', 'make_metric', 'named_ap', 'average_precision', 'DetectModelOptions', 'DetectOptim',
-           'DetectConfig', 'DetectTask', 'draw_objects', 'detect', 'report_detection', 'DetectEvalConfig',
-           'DetectPredictConfig', 'evaluate_detection', 'measure_detection', 'predict_detection', 'detect_cli']
+           'DetectConfig', 'list_faults', 'seven_boxes', 'DetectTask', 'draw_objects', 'detect', 'report_detection',
+           'DetectEvalConfig', 'DetectPredictConfig', 'evaluate_detection', 'measure_detection', 'predict_detection',
+           'detect_cli']
 
 # %% ../nbs/12b_detect.ipynb #a7a6dbad
 import itertools, json, os
@@ -33,7 +34,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, dense_loader, draw_pairs, gpu_wanted, \
-    load_dense, need, palette, scenes_folder, tensor_of, verbs
+    data_folder, load_dense, need, palette, tensor_of, verbs
 from groupmamba.train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, run_cli, \
     train_command
 
@@ -77,9 +78,10 @@ class GroupMaskRCNN(Spared, MaskRCNN):
         c = fpn.out_channels
         anchors = AnchorGenerator(tuple((anchor*2**i,) for i in range(5)), ((0.5, 1., 2.),)*5)
         super().__init__(fpn, rpn_anchor_generator=anchors, box_head=TwoMLPHead(49*c, 4*c), box_predictor=FastRCNNPredictor(4*c, num_classes + 1),
-            mask_head=MaskRCNNHeads(c, (c,)*4, 1, NORMS[norm]), mask_predictor=MaskRCNNPredictor(c, c, num_classes + 1),
-            box_batch_size_per_image=rois, **options)
-        for part in (fpn, self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor): part.register_forward_hook(in_float32)
+                         mask_head=MaskRCNNHeads(c, (c,)*4, 1, NORMS[norm]), mask_predictor=MaskRCNNPredictor(c, c, num_classes + 1),
+                         box_batch_size_per_image=rois, **options)
+        heads = self.roi_heads
+        for part in (fpn, self.rpn.head, heads.box_predictor, heads.mask_predictor): part.register_forward_hook(in_float32)
 
 # %% ../nbs/12b_detect.ipynb #67bec1ef
 def mask_rcnn(
@@ -108,17 +110,15 @@ def count_parts(model:GroupMaskRCNN, # on any device; `meta` is enough
                 masks:int=100, # through the mask head
                 )->dict: # part → (parameters, multiply-adds)
     "Parameters and multiply-adds of the parts. The flop counter counts two for a multiply-add."
-    device, c, heads = next(model.parameters()).device, model.backbone.out_channels, model.roi_heads
-    empty = partial(torch.empty, device=device)
-    maps = list(model.backbone(empty(1, 3, h, w)).values())
-    parts = dict(backbone=(model.backbone.pyramid, lambda: model.backbone.pyramid(empty(1, 3, h, w))),
-                 fpn=(model.backbone.fpn, lambda: model.backbone.fpn(OrderedDict(enumerate(empty(1, n, *m.shape[2:]) for n, m in zip(model.backbone.pyramid.channels, maps))))),
-                 rpn=(model.rpn, lambda: model.rpn.head(maps)),
-                 boxes=(nn.ModuleList([heads.box_head, heads.box_predictor]), lambda: heads.box_predictor(heads.box_head(empty(boxes, c, 7, 7)))),
-                 masks=(nn.ModuleList([heads.mask_head, heads.mask_predictor]), lambda: heads.mask_predictor(heads.mask_head(empty(masks, c, 14, 14)))))
+    empty = partial(torch.empty, device=next(model.parameters()).device)
+    image, pyramid, fpn, c, heads = empty(1, 3, h, w), model.backbone.pyramid, model.backbone.fpn, model.backbone.out_channels, model.roi_heads
+    maps = OrderedDict(enumerate(pyramid(image)))
+    parts = dict(backbone=(pyramid, image), fpn=(fpn, maps), rpn=(model.rpn.head, list(fpn(maps).values())),
+                 boxes=(nn.Sequential(heads.box_head, heads.box_predictor), empty(boxes, c, 7, 7)),
+                 masks=(nn.Sequential(heads.mask_head, heads.mask_predictor), empty(masks, c, 14, 14)))
     found = {}
-    for name, (module, call) in parts.items():
-        with FlopCounterMode(display=False) as counter: call()
+    for name, (module, given) in parts.items():
+        with FlopCounterMode(display=False) as counter: module(given)
         found[name] = sum(p.numel() for p in module.parameters()), counter.get_total_flops()/2
     return found
 
@@ -185,9 +185,10 @@ class CocoReader(FolderReader):
         if any(m.shape != (h, w) for m in masks): raise BadImage(f'{self.path}: a mask of {path} is not {w} x {h}', 'mask of another size')
         boxes = np.array([o['bbox'] for o in self.objects[i]], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        return dict(boxes=torch.from_numpy(boxes.clip(0, np.array([w, h, w, h], np.float32))), labels=torch.tensor([self.number[o['category_id']] for o in self.objects[i]], dtype=torch.long),
-                    masks=torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, h, w, dtype=torch.uint8), image_id=told['id'],
-                    iscrowd=torch.tensor([o.get('iscrowd', 0) for o in self.objects[i]], dtype=torch.long),
+        whole = lambda values: torch.tensor(list(values), dtype=torch.long)
+        return dict(boxes=torch.from_numpy(boxes.clip(0, np.array([w, h, w, h], np.float32))), image_id=told['id'],
+                    labels=whole(self.number[o['category_id']] for o in self.objects[i]), iscrowd=whole(o.get('iscrowd', 0) for o in self.objects[i]),
+                    masks=torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, h, w, dtype=torch.uint8),
                     area=torch.tensor([o.get('area', float(m.sum())) for o, m in zip(self.objects[i], masks)], dtype=torch.float32))
 
 # %% ../nbs/12b_detect.ipynb #0562448b
@@ -247,8 +248,10 @@ def make_metric(**options): # of torchmetrics' `MeanAveragePrecision`
 
 def named_ap(found:dict, # what the metric computed
              )->dict: # box_ap, box_ap50, box_ap75, mask_ap, ...
-    return {f'{k}_ap{t}': found[f'{f}_map' + (f'_{t}' if t else '')].item() for k, f in (('box', 'bbox'), ('mask', 'segm')) for t in ('', '50', '75')}
+    of = lambda kind, t: found[f'{kind}_map' + (f'_{t}' if t else '')].item()
+    return {f'{k}_ap{t}': of(kind, t) for k, kind in (('box', 'bbox'), ('mask', 'segm')) for t in ('', '50', '75')}
 
+# %% ../nbs/12b_detect.ipynb #010bd989
 @torch.no_grad()
 def average_precision(fabric, # device and precision
                       model, # on that device
@@ -287,6 +290,7 @@ class DetectOptim(StepOptions):
     decay_after:tuple[int, ...] = option((9, 11), 'epochs after which the learning rate is divided by ten')
     warmup_steps:int = option(500, 'steps in which the learning rate rises', lo=0)
 
+# %% ../nbs/12b_detect.ipynb #482e39a6
 @dataclass(frozen=True, kw_only=True)
 class DetectConfig(SceneOptions, DetectModelOptions, DetectOptim, HardwareOptions, RunOptions):
     "Every choice of one run of detection; its defaults are section 4.2's. Raises `UserError` with all problems at once."
@@ -298,9 +302,25 @@ class DetectConfig(SceneOptions, DetectModelOptions, DetectOptim, HardwareOption
         return bad
 
 DETECT_RECIPES = dict(
-    scenes=dict(model='groupmamba_nano', scenes=400, short_side=128, long_side=224, anchor=12, channels=64, norm='group', rois=64, drop_path=0., num_workers=0,
-                batch_size=4, lr=1e-3, clip=5., epochs=8, decay_after=(6, 7), warmup_steps=100, keep=0),
+    scenes=dict(model='groupmamba_nano', scenes=400, short_side=128, long_side=224, anchor=12, channels=64, norm='group', rois=64, drop_path=0.,
+                num_workers=0, batch_size=4, lr=1e-3, clip=5., epochs=8, decay_after=(6, 7), warmup_steps=100, keep=0),
     paper=dict(verify=False))
+
+# %% ../nbs/12b_detect.ipynb #e272c0d2
+def list_faults(run): # placed; on one process
+    "Writes and counts the annotations that were left out."
+    faults = [(str(d.reader.path), i, why) for d in run.datasets for i, why in d.reader.faults]
+    if not faults: return
+    write_table(run.out/'bad_annotations.csv', [('file', 'annotation', 'reason'), *faults])
+    print(f'{len(faults)} annotations cannot be used (bad_annotations.csv)')
+
+def seven_boxes(image:Tensor, # (3, h, w)
+                )->dict: # an answer with as many objects as a picture of COCO has
+    "For the estimate of a run's cost."
+    h, w = image.shape[1:]
+    new = dict(device=image.device)
+    return dict(boxes=torch.tensor([[w/4, h/4, w/2, h/2]]*7, **new), labels=torch.ones(7, dtype=torch.long, **new),
+                masks=torch.ones(7, h, w, dtype=torch.uint8, **new))
 
 # %% ../nbs/12b_detect.ipynb #dcdab8b6
 class DetectTask(DenseTask):
@@ -311,31 +331,27 @@ class DetectTask(DenseTask):
     best = 'mask_ap', 'box_ap'
 
     def open(self, cfg):
-        readers = open_coco(cfg.data or scenes_folder(None, cfg.scenes, cfg.scenes//5, cfg.num_workers))
+        readers = open_coco(data_folder(cfg))
         for r in readers:
-            if r.faults and cfg.bad_files == 'stop': raise UserError(f'{r.path} has {len(r.faults)} bad annotations: {names(f"{i}: {why}" for i, why in r.faults)}')
+            if r.faults and cfg.bad_files == 'stop': raise UserError(f'{r.path}: {len(r.faults)} bad annotations: {names(f"{i}: {w}" for i, w in r.faults)}')
         return readers
     def views(self, cfg): return DetectView(True, cfg.hflip), DetectView(False)
-    def model_args(self, cfg, n): return {k: getattr(cfg, k) for k in ('short_side', 'long_side', 'channels', 'norm', 'anchor', 'rois', 'drop_path')} | dict(name=cfg.model, num_classes=n)
+    def model_args(self, cfg, n):
+        same = 'short_side', 'long_side', 'channels', 'norm', 'anchor', 'rois', 'drop_path'
+        return {k: getattr(cfg, k) for k in same} | dict(name=cfg.model, num_classes=n)
     def build(self, args, backbone): return mask_rcnn(**args, backbone=backbone)
     def ready(self, run):
         super().ready(run)
-        faults = [(str(d.reader.path), i, why) for d in run.datasets for i, why in d.reader.faults]
-        if faults and run.fabric.is_global_zero:
-            write_table(run.out/'bad_annotations.csv', [('file', 'annotation', 'reason'), *faults])
-            print(f'{len(faults)} annotations cannot be used (bad_annotations.csv)')
+        if run.fabric.is_global_zero: list_faults(run)
     def schedule(self, run):
         cfg, steps = run.cfg, run.steps
-        return create_scheduler_v2(run.optimizer, 'multistep', num_epochs=cfg.epochs*steps, decay_milestones=[e*steps for e in cfg.decay_after], decay_rate=0.1,
-            warmup_epochs=cfg.warmup_steps, warmup_lr=cfg.lr/1000, step_on_epochs=False, updates_per_epoch=1)[0]
+        return create_scheduler_v2(run.optimizer, 'multistep', num_epochs=cfg.epochs*steps, decay_milestones=[e*steps for e in cfg.decay_after],
+            decay_rate=0.1, warmup_epochs=cfg.warmup_steps, warmup_lr=cfg.lr/1000, step_on_epochs=False, updates_per_epoch=1)[0]
     def forward(self, run, images, targets, part):
         losses = run.model(images, targets)
         return sum(losses.values()), losses['loss_mask'].detach()*len(images)
     def noise_size(self, cfg): return cfg.short_side, min(cfg.long_side, cfg.short_side*4//3)
-    def noise_target(self, image, cfg, device):
-        h, w = image.shape[1:]
-        box = torch.tensor([[w/4, h/4, w/2, h/2]]*7, device=device)
-        return dict(boxes=box, labels=torch.ones(7, dtype=torch.long, device=device), masks=torch.ones(7, h, w, dtype=torch.uint8, device=device))
+    def noise_target(self, image, cfg, device): return seven_boxes(image)
     def validate(self, run, model): return average_precision(run.fabric, model, run.val_loader)
     def line(self, row):
         text = 'train loss {train_loss:.3f}   box AP {val_box_ap:.3f} (50 {val_box_ap50:.3f}, 75 {val_box_ap75:.3f})   mask AP {val_mask_ap:.3f}'
@@ -362,7 +378,7 @@ def draw_objects(image:Tensor, # (3, h, w), in 0..1
         picture = draw_bounding_boxes(picture, boxes, text, colors=colours, width=max(1, max(picture.shape)//300))
     return picture.permute(1, 2, 0).numpy()
 
-# %% ../nbs/12b_detect.ipynb #010bd989
+# %% ../nbs/12b_detect.ipynb #f09089ae
 @torch.no_grad()
 def detect(fabric, # device and precision
            model, # on that device, in eval mode
@@ -412,11 +428,11 @@ class DetectPredictConfig(DeviceOptions):
     weights:str = option('auto', **WEIGHTS)
     threshold:float = option(0.5, 'smallest score shown', lo=0, hi=1)
 
+# %% ../nbs/12b_detect.ipynb #32e2b1b2
 def evaluate_detection(cfg:DetectEvalConfig)->dict: # box_ap, ...
     "Prints AP. Raises `UserError`."
     model, state = load_dense(cfg.checkpoint, DETECTION, cfg.weights)
-    old = state['config']
-    folder = cfg.data or old['data'] or scenes_folder(None, old['scenes'], old['scenes']//5, cfg.num_workers)
+    folder = cfg.data or data_folder(DetectConfig(**state['config']))
     parts = coco_parts(folder)
     if 'val' not in parts: raise UserError(f'there is no annotations/instances_val*.json in {folder}')
     reader = CocoReader(*parts['val'], training=False)
@@ -436,6 +452,7 @@ def measure_detection(fabric, # launched
     for k in ('box', 'mask'): fabric.print(f'{k:5}AP {found[f"{k}_ap"]:.4f}   AP50 {found[f"{k}_ap50"]:.4f}   AP75 {found[f"{k}_ap75"]:.4f}')
     return found
 
+# %% ../nbs/12b_detect.ipynb #bb4b477b
 def predict_detection(cfg:DetectPredictConfig)->list[dict]: # what was found, per picture
     "Draws and prints. Raises `UserError` before writing if a picture cannot be read."
     from PIL import Image
@@ -457,6 +474,8 @@ def predict_detection(cfg:DetectPredictConfig)->list[dict]: # what was found, pe
 # %% ../nbs/12b_detect.ipynb #476f57ec
 def detect_cli(argv:Sequence[str]|None=None): # arguments; none: what the user typed
     "`groupmamba_detect [train|eval|predict] ...`; without arguments: a small Mask R-CNN on drawn scenes."
-    def train(argv): "Trains Mask R-CNN; leaves checkpoints, a table and a picture."; train_command(DETECTION, train.__doc__, argv)
-    def other(verb, cls, main): return lambda argv: run_cli(make_parser(cls, f'groupmamba_detect {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
-    verbs('groupmamba_detect', dict(train=train, eval=other('eval', DetectEvalConfig, evaluate_detection), predict=other('predict', DetectPredictConfig, predict_detection)), argv)
+    def other(verb, cls, main):
+        return lambda argv: run_cli(make_parser(cls, f'{DETECTION.prog} {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
+    verbs(DETECTION.prog, dict(train=partial(train_command, DETECTION, 'Trains Mask R-CNN; leaves checkpoints, a table and a picture.'),
+                               eval=other('eval', DetectEvalConfig, evaluate_detection),
+                               predict=other('predict', DetectPredictConfig, predict_detection)), argv)

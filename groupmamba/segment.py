@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SEGMENT_RECIPES', 'SEGMENTATION', 'SCALES', 'UperNet', 'init_head', 'pixel_loss', 'upernet', 'class_names',
            'MaskReader', 'open_masks', 'TrainView', 'WholeView', 'starts', 'slide', 'segment', 'iou_of', 'mean_iou',
-           'SegmentModelOptions', 'SegmentOptim', 'SegmentConfig', 'SegmentTask', 'draw_classes', 'report_segmentation',
-           'label', 'SegmentEvalConfig', 'SegmentPredictConfig', 'evaluate_segmentation', 'measure_segmentation',
-           'predict_segmentation', 'segment_cli']
+           'SegmentModelOptions', 'SegmentOptim', 'SegmentConfig', 'SegmentTask', 'draw_classes', 'write_classes',
+           'report_segmentation', 'label', 'SegmentEvalConfig', 'SegmentPredictConfig', 'evaluate_segmentation',
+           'measure_segmentation', 'predict_segmentation', 'segment_cli']
 
 # %% ../nbs/12c_segment.ipynb #de9b76f4
 import os
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -25,7 +26,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, dense_loader, draw_pairs, load_dense, need, palette, \
-    scenes_folder, tensor_of, verbs
+    data_folder, tensor_of, verbs
 from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, part_size, run_cli, \
     train_command, write_csv
 
@@ -266,6 +267,7 @@ class SegmentOptim(StepOptions):
     eval_steps:int = option(16_000, 'steps of an epoch, after which it validates; must divide `iterations`', lo=1)
     warmup_steps:int = option(1500, 'steps in which the learning rate rises', lo=0)
 
+# %% ../nbs/12c_segment.ipynb #0d3e5ef9
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(SceneOptions, SegmentModelOptions, SegmentOptim, HardwareOptions, RunOptions):
     "Every choice of one run of segmentation; its defaults are section 4.3's. Raises `UserError` with all problems at once."
@@ -290,7 +292,7 @@ class SegmentTask(DenseTask):
     kind, prog, sample = 'segmentation', 'groupmamba_segment', 'scenes'
     options, recipes = SegmentConfig, SEGMENT_RECIPES
     best, one_size = ('miou', '-loss'), False
-    def open(self, cfg): return open_masks(cfg.data or scenes_folder(None, cfg.scenes, cfg.scenes//5, cfg.num_workers), cfg.zero_is_void, cfg.ignore)
+    def open(self, cfg): return open_masks(data_folder(cfg), cfg.zero_is_void, cfg.ignore)
     def views(self, cfg): return TrainView(cfg.crop, cfg.short_side, (cfg.scale_min, cfg.scale_max), cfg.ignore), WholeView()
     def samples(self, cfg): return cfg.eval_steps*cfg.batch_size
     def model_args(self, cfg, n): return {k: getattr(cfg, k) for k in ('channels', 'auxiliary', 'ignore', 'drop_path')} | dict(name=cfg.model, num_classes=n)
@@ -332,13 +334,21 @@ def draw_classes(image:Tensor, # (3, h, w), in 0..1
     colours, picture = palette(num_classes)[classes], 255*image.permute(1, 2, 0).cpu().numpy()
     return np.where((classes > 0)[..., None], (1 - strength)*picture + strength*colours, picture).round().astype(np.uint8)
 
+def write_classes(path:Path, # CSV file
+                  classes:list[str], # names
+                  confusion:Tensor): # (true, predicted) pixels
+    "A row per class: its pixels and its IoU."
+    rows = zip(classes, confusion.sum(1).tolist(), iou_of(confusion).tolist())
+    write_csv(path, [dict(name=c, pixels=int(p), iou=i) for c, p, i in rows])
+
+# %% ../nbs/12c_segment.ipynb #f3a64b16
 def report_segmentation(run, # trained
                         n:int=5, # pictures to show
                         )->dict: # the last row of the history
     "Draws `results.png`, writes the IoU of every class, and prints where everything is."
     confusion = SEGMENTATION.measure(run.fabric, run.inner, run.val_loader, len(run.classes), run.cfg)[1]
     if not run.fabric.is_global_zero: return run.history[-1]
-    write_csv(run.out/'classes.csv', [dict(name=c, pixels=int(p), iou=i) for c, p, i in zip(run.classes, confusion.sum(1).tolist(), iou_of(confusion).tolist())])
+    write_classes(run.out/'classes.csv', run.classes, confusion)
     data, pairs = run.datasets[1], []
     for i in torch.linspace(0, len(data.reader) - 1, min(n, len(data.reader))).long().tolist():
         try: image, mask = data[i]
@@ -355,6 +365,7 @@ def report_segmentation(run, # trained
         print(f'{what:10} {os.path.relpath(run.out/name)}')
     return run.history[-1]
 
+# %% ../nbs/12c_segment.ipynb #bc772963
 @torch.no_grad()
 def label(fabric, # device and precision
           model, # on that device, in eval mode
@@ -364,7 +375,8 @@ def label(fabric, # device and precision
           flip:bool=False, # mirrored views too?
           )->Tensor: # (h, w), class numbers, on the CPU
     "The likeliest class of every pixel."
-    with fabric.autocast(): return segment(model, fabric.to_device(image), cfg.crop, cfg.stride, scales, flip, cfg.short_side).argmax(0).cpu()
+    with fabric.autocast(): p = segment(model, fabric.to_device(image), cfg.crop, cfg.stride, scales, flip, cfg.short_side)
+    return p.argmax(0).cpu()
 
 # %% ../nbs/12c_segment.ipynb #04f4a1f3
 SCALES = (0.5, 0.75, 1., 1.25, 1.5, 1.75) # of multi-scale evaluation
@@ -388,11 +400,12 @@ class SegmentPredictConfig(DeviceOptions):
     multi_scale:bool = option(False, 'six scales from 0.5 to 1.75, each also mirrored')
     weights:str = option('auto', **WEIGHTS)
 
+# %% ../nbs/12c_segment.ipynb #2a3c95e0
 def evaluate_segmentation(cfg:SegmentEvalConfig)->dict: # miou, acc, loss
     "Prints mean IoU. Raises `UserError`."
     model, state = load_dense(cfg.checkpoint, SEGMENTATION, cfg.weights)
     old = SegmentConfig(**state['config'])
-    reader = open_masks(cfg.data or old.data or scenes_folder(None, old.scenes, old.scenes//5, cfg.num_workers), old.zero_is_void, old.ignore)[1]
+    reader = open_masks(cfg.data or data_folder(old), old.zero_is_void, old.ignore)[1]
     if reader.classes != state['classes']: raise UserError(f'{reader.root} has other classes than the checkpoint: {names(reader.classes)} instead of {names(state["classes"])}')
     return make_fabric(cfg).launch(measure_segmentation, cfg, model, reader, old, state['epoch'])
 
@@ -405,13 +418,14 @@ def measure_segmentation(fabric, # launched
                          )->dict: # miou, acc, loss
     "The part of `evaluate_segmentation` that every process does."
     loader = dense_loader(DenseData(reader, WholeView()), 1, False, 0, cfg.num_workers, fabric)
-    found, confusion = SEGMENTATION.measure(fabric, fabric.to_device(model), loader, len(reader.classes), old, SCALES if cfg.multi_scale else (1.,), cfg.multi_scale)
+    how = (SCALES, True) if cfg.multi_scale else ((1.,), False)
+    found, confusion = SEGMENTATION.measure(fabric, fabric.to_device(model), loader, len(reader.classes), old, *how)
     fabric.print(f'{old.model} after epoch {epoch}, {len(reader)} images of {reader.root}, ' + ('six scales, mirrored too' if cfg.multi_scale else 'one scale'))
     fabric.print(f'mIoU {found["miou"]:.4f}   right pixels {found["acc"]:.2%}   loss {found["loss"]:.4f}')
-    if cfg.per_class and fabric.is_global_zero:
-        write_csv(Path(cfg.per_class), [dict(name=c, pixels=int(p), iou=i) for c, p, i in zip(reader.classes, confusion.sum(1).tolist(), iou_of(confusion).tolist())])
+    if cfg.per_class and fabric.is_global_zero: write_classes(Path(cfg.per_class), reader.classes, confusion)
     return found
 
+# %% ../nbs/12c_segment.ipynb #af050744
 def predict_segmentation(cfg:SegmentPredictConfig)->list[Tensor]: # class numbers, per picture
     "Draws and prints. Raises `UserError` before writing if a picture cannot be read."
     model, state = load_dense(cfg.checkpoint, SEGMENTATION, cfg.weights)
@@ -432,6 +446,8 @@ def predict_segmentation(cfg:SegmentPredictConfig)->list[Tensor]: # class number
 # %% ../nbs/12c_segment.ipynb #fda57d6d
 def segment_cli(argv:Sequence[str]|None=None): # arguments; none: what the user typed
     "`groupmamba_segment [train|eval|predict] ...`; without arguments: a small UperNet on drawn scenes."
-    def train(argv): "Trains UperNet; leaves checkpoints, a table and a picture."; train_command(SEGMENTATION, train.__doc__, argv)
-    def other(verb, cls, main): return lambda argv: run_cli(make_parser(cls, f'groupmamba_segment {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
-    verbs('groupmamba_segment', dict(train=train, eval=other('eval', SegmentEvalConfig, evaluate_segmentation), predict=other('predict', SegmentPredictConfig, predict_segmentation)), argv)
+    def other(verb, cls, main):
+        return lambda argv: run_cli(make_parser(cls, f'{SEGMENTATION.prog} {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
+    verbs(SEGMENTATION.prog, dict(train=partial(train_command, SEGMENTATION, 'Trains UperNet; leaves checkpoints, a table and a picture.'),
+                                  eval=other('eval', SegmentEvalConfig, evaluate_segmentation),
+                                  predict=other('predict', SegmentPredictConfig, predict_segmentation)), argv)
