@@ -136,13 +136,13 @@ def photo_piece(rng:np.random.Generator, # which piece
                 part:str, # 'train' or 'val'
                 h:int, w:int, # pixels
                 )->np.ndarray: # (h, w, 3), RGB
-    "A random piece of a random photograph, at a random scale, perhaps mirrored."
+    "A random piece of a random photograph, at a random scale, perhaps mirrored, its three colours in a random order."
     photo = photographs(part)[rng.integers(len(PHOTOS[part]))]
     k = min(photo.shape[0]/h, photo.shape[1]/w) # the largest piece that is in it
     if k > 1: k = rng.uniform(1, k)
     y, x = rng.uniform(0, photo.shape[0] - k*h), rng.uniform(0, photo.shape[1] - k*w)
     piece = np.asarray(Image.fromarray(photo).resize((w, h), Image.Resampling.BILINEAR, box=(x, y, x + k*w, y + k*h)))
-    return piece[:, ::-1] if rng.random() < 0.5 else piece
+    return (piece[:, ::-1] if rng.random() < 0.5 else piece)[..., rng.permutation(3)]
 
 # %% ../nbs/12_dense.ipynb #716a08bb
 def texture(rng:np.random.Generator, # which one
@@ -165,8 +165,8 @@ def place_shape(rng:np.random.Generator, # everything random about it
                 h:int, w:int, # of the scene
                 )->tuple: # class number; u and v of every pixel of the window; the window; mask in it; whole area
     "One shape somewhere in the scene, perhaps cut off by its border."
-    c, s = int(rng.integers(len(SHAPES))), np.exp(rng.uniform(np.log(10), np.log(min(h, w)/2.6)))
-    y, x, turn, long = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0, 6.28), np.exp(rng.uniform(-0.3, 0.3))
+    c, s = int(rng.integers(len(SHAPES))), np.exp(rng.uniform(np.log(15), np.log(min(h, w)/2.4)))
+    y, x, turn, long = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0, 6.28), np.exp(rng.uniform(-0.2, 0.2))
     r = 1.35*s
     window = np.s_[max(0, int(y - r)):min(h, int(y + r) + 1), max(0, int(x - r)):min(w, int(x + r) + 1)]
     gy, gx = np.mgrid[window]
@@ -179,15 +179,15 @@ def place_shape(rng:np.random.Generator, # everything random about it
 def draw_scene(rng:np.random.Generator, # everything random about it
                part:str='train', # whose photographs
                )->tuple: # picture (h, w, 3), uint8; object number of each pixel (h, w), 0: none; class of each object
-    "A photograph with two to eight shapes before it."
+    "A photograph with up to seven shapes before it."
     h, w = rng.integers(112, 193), rng.integers(144, 257)
     image, ids, classes, whole = photo_piece(rng, part, h, w).astype(np.float64), np.zeros((h, w), np.int64), [], []
-    for _ in range(rng.integers(2, 9)):
+    for _ in range(rng.integers(2, 8)):
         c, u, v, window, mask, area = place_shape(rng, h, w)
         new = ids.copy()
         new[window][mask] = len(classes) + 1
         seen = np.bincount(new.ravel(), minlength=len(classes) + 2)[1:]
-        if (seen < np.maximum(40, 0.35*np.array([*whole, area]))).any(): continue
+        if (seen < np.maximum(100, 0.5*np.array([*whole, area]))).any(): continue
         image[window] = np.where(mask[..., None], texture(rng, part, u, v), image[window])
         ids, classes, whole = new, [*classes, c], [*whole, area]
     return np.clip(image, 0, 255).round().astype(np.uint8), ids, classes

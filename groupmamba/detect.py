@@ -240,11 +240,12 @@ def gather_pictures(metric): # changed in place, on every process
         dealt = itertools.chain.from_iterable(itertools.zip_longest(*(b[k] for b in books), fillvalue=MISSING))
         setattr(metric, k, [v for v in dealt if v is not MISSING])
 
-def make_metric(**options): # of torchmetrics' `MeanAveragePrecision`
+def make_metric(): # torchmetrics' `MeanAveragePrecision`
     "Box and mask AP by pycocotools."
     need('pycocotools')
     from torchmetrics.detection import MeanAveragePrecision
-    return MeanAveragePrecision(iou_type=('bbox', 'segm'), backend='pycocotools', sync_on_compute=False, **options)
+    grid = dict(iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist()) # torchmetrics' own are float32
+    return MeanAveragePrecision(iou_type=('bbox', 'segm'), backend='pycocotools', sync_on_compute=False, **grid)
 
 def named_ap(found:dict, # what the metric computed
              )->dict: # box_ap, box_ap50, box_ap75, mask_ap, ...
