@@ -273,6 +273,7 @@ class ImageReader(Reader):
         self.root, self.targets, self.classes = root, np.asarray(targets, dtype=np.int64), list(classes)
         self.class_to_idx = {c: i for i, c in enumerate(self.classes)}
     def __len__(self): return len(self.targets)
+    def check(self, i, image, target): return target # what an image is for, once it is decoded; other tasks look whether the two fit
 
     def with_classes(self, classes:list[str]|None): # the wanted numbering; none: as it is
         "The same images, their classes numbered as in `classes`. Raises `UserError` for a class that is not in it."
@@ -810,7 +811,7 @@ def read_sample(reader:ImageReader, # any source
     name = reader.filename(i, absolute=True)
     file, target = reader[i]
     with file: image, kind = decode_image(file, name)
-    return image, target, kind
+    return image, reader.check(i, image, target), kind
 
 def check_images(*readers, # `ImageReader`s
                  threads:int=4, # that decode at the same time
@@ -887,16 +888,18 @@ class ImageData(Dataset):
     def __len__(self): return len(self.reader)
     def picture(self, i:int)->Image.Image: # RGB, not transformed; raises `BadImage`
         return read_sample(self.reader, i)[0]
+    def view(self, image, target)->tuple: # what the model sees of them; other tasks change both
+        return self.transform(image), target
 
     def fetch(self, i:int)->tuple: # image or none, class number, notes for `BadFiles`
         "Image `i`, or the one that stands in for it. Never raises `BadImage`: this runs in workers, and the notes come out."
         notes = []
-        for j in range(i, i + (min(ATTEMPTS, len(self)) if self.on_bad == 'replace' else 1)):
-            j %= len(self)
+        for j in range(i, i + (min(ATTEMPTS, len(self.reader)) if self.on_bad == 'replace' else 1)):
+            j %= len(self.reader)
             try: image, target, kind = read_sample(self.reader, j)
             except BadImage as e: notes.append(('skipped', self.reader.filename(j, absolute=True), e.reason)); continue
             if kind: notes.append(('converted', self.reader.filename(j, absolute=True), kind))
-            with seeded(stable_hash(self.seed, self.epoch, i)): return self.transform(image), target, notes
+            with seeded(stable_hash(self.seed, self.epoch, i)): return *self.view(image, target), notes
         return None, -1, notes
 
     def __getitems__(self, indices:list[int])->list[tuple]: # what a loader's workers fetch and `collate` packs
