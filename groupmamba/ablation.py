@@ -275,7 +275,8 @@ def learn(
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = setup(make_config('digits', **plan.recipe, **taught, data=str(image_folder(plan.images)), model=model, seed=seed, out=folder))
         run.val_loader = list(run.val_loader)                      # the same views every epoch: made once
-        last = fit(run).history[-1]
+        if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
+        last = run.history[-1]
         if lesson == 'teacher':
             with replacing(teacher_file(out, study, seed)) as temporary: (run.out/'last.pt').rename(temporary)
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
