@@ -192,7 +192,7 @@ def images_per_s(
 )->float: # images a second
     "Throughput on the GPU in bfloat16. Raises `UserError` where there is none."
     if not torch.cuda.is_available(): raise UserError('speed is measured on a GPU, and there is none')
-    net, x = create(model, **options).cuda().eval(), torch.randn(batch, 3, size, size, device='cuda')
+    with torch.device('cuda'): net, x = create(model, **options).eval(), torch.randn(batch, 3, size, size)
     times = []
     for i in range(rounds + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -255,7 +255,7 @@ class Study:
 
 SHARED = dict(val_fraction=0.5, verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
 STUDIES = dict(
-    full=Study('mnist', 'regnety_004', SHARED | dict(img_size=64, epochs=30, warmup_epochs=3, batch_size=128, lr=2e-3, num_workers=1)),
+    full=Study('mnist', 'regnety_004', SHARED | dict(img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2)),
     reduced=Study('few', 'test_resnet', SHARED | dict(img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu')))
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
@@ -274,7 +274,9 @@ def learn(
     if distill == 'none': taught = {}
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = setup(make_config('digits', **plan.recipe, **taught, data=str(image_folder(plan.images)), model=model, seed=seed, out=folder))
-        last = fit(run).history[-1]
+        run.val_loader = list(run.val_loader)                      # the same views every epoch: made once
+        if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
+        last = run.history[-1]
         if lesson == 'teacher':
             with replacing(teacher_file(out, study, seed)) as temporary: (run.out/'last.pt').rename(temporary)
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
