@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'OURS', 'TABLE6_MODELS', 'PEERS', 'TimingOptions', 'Row', 'middle', 'step_times', 'overlaps', 'make_step',
-           'resolve', 'run_once', 'run_or_fall_back', 'count_macs', 'device_text', 'build', 'bench_model',
+           'resolve', 'run_once', 'run_or_fall_back', 'count_macs', 'device_text', 'build', 'describe', 'bench_model',
            'BenchConfig', 'load_other', 'head_text', 'row_text', 'write_rows', 'bench_models', 'draw_rows', 'plot_rows',
            'bench_cli']
 
@@ -129,7 +129,8 @@ def make_step(
         with torch.no_grad(), autocast: call(x)
     if not train: return infer
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    with torch.no_grad(), autocast: classes = net(x[:1]).shape[-1]
+    with torch.no_grad(), autocast: classes = net.eval()(x).shape[-1]
+    net.train()
     y = torch.randint(classes, (len(x),), device=x.device)
     def learn():
         torch.compiler.cudagraph_mark_step_begin()
@@ -214,25 +215,37 @@ def build(
     return timm.create_model(name, **(dict(img_size=size) if fixed and fixed.fixed_input_size else {}))
 
 # %% ../nbs/13_bench.ipynb #13bc001f
+def describe(
+    model:nn.Module, # any image model
+    name:str, # in the rows
+    o:TimingOptions, # how it will be measured
+)->Row: # what all of its rows share
+    "A row before anything is timed."
+    device, half = resolve(o)
+    row = Row(name, '', params=sum(p.numel() for p in model.parameters())/1e6, batch_size=o.batch_size, img_size=o.img_size,
+              precision='bf16-mixed' if half else '32-true', layout=_layout(model, o), device=device_text(device))
+    try: return replace(row, macs=count_macs(model, o.img_size))
+    except Exception as e: return replace(row, note=f'not counted, {_first_line(e)}')   # the times may be fine all the same
+
+# %% ../nbs/13_bench.ipynb #13bc0020
+def _rows_of(model, o, name):
+    "One row after the other."
+    torch.backends.cudnn.benchmark = True
+    if o.threads: torch.set_num_threads(o.threads)
+    name = name or (model if isinstance(model, str) else type(model).__name__)
+    if isinstance(model, str): model = build(model, o.img_size)
+    base = describe(model, name, o)
+    for run in o.runs: yield _row(replace(base, run=run), model, o)
+
 def bench_model(
     model:str|nn.Module, # a name that timm knows, or a module (B, 3, H, W) -> logits
     options:TimingOptions=TimingOptions(), # how
     name:str|None=None, # in the rows; None: the name, or the module's class
 )->list: # one `Row` for each of `options.runs`
-    "Measure one model in this process. A run that fails is a row with an error."
-    o = options
-    device, half = resolve(o)
-    torch.backends.cudnn.benchmark = True
-    if o.threads: torch.set_num_threads(o.threads)
-    name = name or (model if isinstance(model, str) else type(model).__name__)
-    if isinstance(model, str): model = build(model, o.img_size)
-    base = Row(name, '', params=sum(p.numel() for p in model.parameters())/1e6, batch_size=o.batch_size, img_size=o.img_size,
-               precision='bf16-mixed' if half else '32-true', layout=_layout(model, o), device=device_text(device))
-    try: base = replace(base, macs=count_macs(model, o.img_size))
-    except Exception as e: base = replace(base, note=f'not counted, {_first_line(e)}')   # the times may be fine all the same
-    return [_row(replace(base, run=run), model, o) for run in o.runs]
+    "Measure one model in this process. A run that fails is a row with an error. Raises `UserError` for unknown names."
+    return list(_rows_of(model, options, name))
 
-# %% ../nbs/13_bench.ipynb #13bc0020
+# %% ../nbs/13_bench.ipynb #13bc0021
 def _row(base, model, o):
     "`base` with the numbers of its run, or with the reason why there are none."
     device = resolve(o)[0]
@@ -242,7 +255,7 @@ def _row(base, model, o):
     ms, spread = middle(times)
     return replace(base, images_s=o.batch_size/ms*1e3, ms=ms, spread=spread, memory=memory, note='; '.join(filter(None, (base.note, note))))
 
-# %% ../nbs/13_bench.ipynb #13bc0025
+# %% ../nbs/13_bench.ipynb #13bc0026
 OURS = tuple(f'groupmamba_{size}' for size in SIZES)
 TABLE6_MODELS = tuple(f'{n}_table6' for n in OURS)
 PEERS = 'swin_tiny_patch4_window7_224', 'convnext_tiny', 'regnety_040'
@@ -265,7 +278,7 @@ class BenchConfig(TimingOptions):
             elif not Path(parts[0]).is_dir(): bad += [f'other must name a folder that exists, got {parts[0]!r}']
         return bad + [f'{k} must be in a folder that exists, got {v!r}' for k, v in (('out', self.out), ('plot', self.plot)) if v and not Path(v).resolve().parent.is_dir()]
 
-# %% ../nbs/13_bench.ipynb #13bc0026
+# %% ../nbs/13_bench.ipynb #13bc0027
 def load_other(
     spec:str, # FOLDER:MODULE:FUNCTION
 )->nn.Module: # what the function makes
@@ -278,25 +291,28 @@ def _child(path):
     "In its own process: read a job, measure, write the rows."
     job = json.loads(Path(path).read_text())
     name, options = job['name'], TimingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in job['options'].items()})
-    rows = bench_model(load_other(name), options, name.rsplit(':', 1)[1]) if job['other'] else bench_model(name, options)
-    Path(path).with_suffix('.rows').write_text(json.dumps([asdict(r) for r in rows]))
+    rows, target = [], Path(path).with_suffix('.rows')
+    for r in _rows_of(load_other(name), options, name.rsplit(':', 1)[1]) if job['other'] else _rows_of(name, options, None):
+        rows.append(asdict(r))
+        target.with_suffix('.part').write_text(json.dumps(rows)); target.with_suffix('.part').replace(target)
 
-# %% ../nbs/13_bench.ipynb #13bc0027
+# %% ../nbs/13_bench.ipynb #13bc0028
 def _in_process(name, other, cfg):
-    "Rows of one model, measured by a child; if that dies, rows that say so."
-    options = {f.name: getattr(cfg, f.name) for f in fields(TimingOptions)}
+    "Rows of one model, measured by a child; if that dies, rows that say so in place of those that it still owed."
+    options, rows = {f.name: getattr(cfg, f.name) for f in fields(TimingOptions)}, []
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)/'job.json'
         job.write_text(json.dumps(dict(name=name, other=other, options=options)))
         command = [sys.executable, '-c', 'import sys; from groupmamba.bench import _child; _child(sys.argv[1])', str(job)]
-        try: done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.timeout)
-        except subprocess.TimeoutExpired: why = f'stopped after {cfg.timeout:g} s'
-        else:
-            if job.with_suffix('.rows').exists(): return [Row(**r) for r in json.loads(job.with_suffix('.rows').read_text())]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.timeout)
             why = f'exit code {done.returncode}: ' + (done.stderr.strip().splitlines() or [''])[-1][:200]
-    return [Row(name.rsplit(':', 1)[-1], run, batch_size=cfg.batch_size, img_size=cfg.img_size, error=why) for run in cfg.runs]
+        except subprocess.TimeoutExpired: why = f'stopped after {cfg.timeout:g} s'
+        if job.with_suffix('.rows').exists(): rows = [Row(**r) for r in json.loads(job.with_suffix('.rows').read_text())]
+    owed = cfg.runs[len(rows):]
+    return rows + [Row(name.rsplit(':', 1)[-1], run, batch_size=cfg.batch_size, img_size=cfg.img_size, error=why) for run in owed]
 
-# %% ../nbs/13_bench.ipynb #13bc0029
+# %% ../nbs/13_bench.ipynb #13bc002a
 def head_text(): return f'{"model":30} {"M":>6} {"G":>6}  {"run":18} {"images/s":>9} {"ms":>8} {"spread":>7} {"GiB":>6}'
 
 def row_text(
@@ -307,7 +323,7 @@ def row_text(
     if r.error: return start + r.error
     return start + f'{r.images_s:9,.1f} {r.ms:8.2f} {r.spread:7.1%} {r.memory:6.2f}' + (f'  ({r.note})' if r.note else '')
 
-# %% ../nbs/13_bench.ipynb #13bc002a
+# %% ../nbs/13_bench.ipynb #13bc002b
 def write_rows(
     path:str|Path, # CSV file, replaced as a whole
     rows:Sequence, # of `Row`
@@ -329,7 +345,7 @@ def bench_models(
     if cfg.plot: plot_rows(cfg.plot, rows)
     return rows
 
-# %% ../nbs/13_bench.ipynb #13bc002c
+# %% ../nbs/13_bench.ipynb #13bc002d
 def draw_rows(
     ax, # matplotlib axes
     rows:Sequence, # of `Row`
@@ -355,7 +371,7 @@ def plot_rows(
     for ax, run in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs): draw_rows(ax, rows, run)
     with replacing(Path(path)) as temporary: fig.savefig(temporary, dpi=90, format='png')
 
-# %% ../nbs/13_bench.ipynb #13bc0031
+# %% ../nbs/13_bench.ipynb #13bc0032
 def bench_cli(
     argv:list[str]|None=None, # arguments; None: what the user typed
 ):
