@@ -44,7 +44,8 @@ class TimingOptions(Options):
     img_size:int = option(224, 'their side, in pixels', lo=32)
     accelerator:str = option('auto', 'kind of device; auto: a GPU if there is one', choices=('auto', 'cpu', 'cuda'))
     precision:str = option('auto', 'auto: bf16-mixed (autocast) on CUDA, else 32-true', choices=('auto', '32-true', 'bf16-mixed'))
-    layout:str = option('auto', 'of the images in memory; auto: channels last where a convolution overlaps itself', choices=('auto', 'channels_last', 'contiguous'))
+    layout:str = option('auto', 'of the images in memory; auto: channels last where a convolution overlaps itself',
+                        choices=('auto', 'channels_last', 'contiguous'))
     warmup:int = option(5, 'steps that do not count', lo=2)
     repeats:int = option(30, 'steps that count', lo=1)
     threads:int = option(0, "CPU threads; 0: PyTorch's choice", lo=0)
@@ -146,7 +147,9 @@ def resolve(
     cuda = o.accelerator != 'cpu' and torch.cuda.is_available()
     return torch.device('cuda' if cuda else 'cpu'), o.precision == 'bf16-mixed' or (o.precision == 'auto' and cuda)
 
-def _layout(model, o): return 'channels_last' if o.layout == 'channels_last' or (o.layout == 'auto' and overlaps(model)) else 'contiguous'
+def _layout(model, o):
+    if o.layout == 'auto': return 'channels_last' if overlaps(model) else 'contiguous'
+    return o.layout
 
 def _clean(device):
     torch.compiler.reset(); gc.collect()
@@ -191,7 +194,8 @@ def count_macs(
     "Multiply-adds of one image in the reference form."
     p = next(model.parameters())
     was = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_form(): model.eval()(torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype))
+    x = torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_form(): model.eval()(x)
     model.train(was)
     return counter.get_total_flops()/2e9
 
@@ -276,7 +280,8 @@ class BenchConfig(TimingOptions):
             parts = s.rsplit(':', 2)
             if len(parts) < 3 or not all(parts): bad += [f'other must be FOLDER:MODULE:FUNCTION, got {s!r}']
             elif not Path(parts[0]).is_dir(): bad += [f'other must name a folder that exists, got {parts[0]!r}']
-        return bad + [f'{k} must be in a folder that exists, got {v!r}' for k, v in (('out', self.out), ('plot', self.plot)) if v and not Path(v).resolve().parent.is_dir()]
+        files = [(k, v) for k, v in (('out', self.out), ('plot', self.plot)) if v and not Path(v).resolve().parent.is_dir()]
+        return bad + [f'{k} must be in a folder that exists, got {v!r}' for k, v in files]
 
 # %% ../nbs/13_bench.ipynb #13bc0027
 def load_other(
@@ -312,7 +317,7 @@ def _in_process(name, other, cfg):
     owed = cfg.runs[len(rows):]
     return rows + [Row(name.rsplit(':', 1)[-1], run, batch_size=cfg.batch_size, img_size=cfg.img_size, error=why) for run in owed]
 
-# %% ../nbs/13_bench.ipynb #13bc002a
+# %% ../nbs/13_bench.ipynb #13bc002b
 def head_text(): return f'{"model":30} {"M":>6} {"G":>6}  {"run":18} {"images/s":>9} {"ms":>8} {"spread":>7} {"GiB":>6}'
 
 def row_text(
@@ -323,7 +328,7 @@ def row_text(
     if r.error: return start + r.error
     return start + f'{r.images_s:9,.1f} {r.ms:8.2f} {r.spread:7.1%} {r.memory:6.2f}' + (f'  ({r.note})' if r.note else '')
 
-# %% ../nbs/13_bench.ipynb #13bc002b
+# %% ../nbs/13_bench.ipynb #13bc002c
 def write_rows(
     path:str|Path, # CSV file, replaced as a whole
     rows:Sequence, # of `Row`
@@ -339,13 +344,15 @@ def bench_models(
     cfg, rows, told = config if names is None else replace(config, models=tuple(names)), [], None
     for name, other in [(n, False) for n in cfg.models] + [(s, True) for s in cfg.other]:
         for r in _in_process(name, other, cfg):
-            if r.device and r.device != told: print(f'{r.device}; batch {r.batch_size}, {r.img_size} x {r.img_size}, {r.precision}\n{head_text()}'); told = r.device
+            if r.device not in ('', told):
+                print(f'{r.device}; batch {r.batch_size}, {r.img_size} x {r.img_size}, {r.precision}', head_text(), sep='\n')
+                told = r.device
             print(row_text(r), flush=True); rows.append(r)
         if cfg.out: write_rows(cfg.out, rows)
     if cfg.plot: plot_rows(cfg.plot, rows)
     return rows
 
-# %% ../nbs/13_bench.ipynb #13bc002d
+# %% ../nbs/13_bench.ipynb #13bc002e
 def draw_rows(
     ax, # matplotlib axes
     rows:Sequence, # of `Row`
@@ -356,7 +363,8 @@ def draw_rows(
         if r.run != run or r.error: continue
         ours = r.model.startswith('groupmamba')
         ax.scatter(r.params, r.images_s, color='C3' if ours else 'C0', marker='o' if ours else 's', s=24)
-        ax.annotate(r.model.replace('groupmamba_', '').split('_patch')[0], (r.params, r.images_s), xytext=(4, 3), textcoords='offset points', fontsize=7)
+        label = r.model.replace('groupmamba_', '').split('_patch')[0]
+        ax.annotate(label, (r.params, r.images_s), xytext=(4, 3), textcoords='offset points', fontsize=7)
     ax.set(title=run, xlabel='parameters, M', ylabel='images/s'); ax.set_ylim(bottom=0)
 
 def plot_rows(
@@ -371,9 +379,10 @@ def plot_rows(
     for ax, run in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs): draw_rows(ax, rows, run)
     with replacing(Path(path)) as temporary: fig.savefig(temporary, dpi=90, format='png')
 
-# %% ../nbs/13_bench.ipynb #13bc0032
+# %% ../nbs/13_bench.ipynb #13bc0033
 def bench_cli(
     argv:list[str]|None=None, # arguments; None: what the user typed
 ):
-    "Images a second of GroupMamba, of its peers and of any other model: inference and training, eager and compiled, each model in its own process."
-    run_cli(make_parser(BenchConfig, 'groupmamba_bench', bench_cli.__doc__), lambda given: bench_models(config=BenchConfig(**given)), argv)
+    "Images a second of GroupMamba, its peers and any other model: inference and training, eager and compiled, each model in its own process."
+    parser = make_parser(BenchConfig, 'groupmamba_bench', bench_cli.__doc__)
+    run_cli(parser, lambda given: bench_models(config=BenchConfig(**given)), argv)
