@@ -229,11 +229,18 @@ def _store_state(ptr, h, d, in_d, RUNS: tl.constexpr):
     r = tl.arange(0, RUNS)[:,None]
     tl.store(ptr + (r*0 + d[None]), h, mask=(r == 0) & in_d[None])
 
+@triton.jit
+def _store_borders(ptr, h, k, tiles, s, d, in_d, RUNS: tl.constexpr, BACK_RUNS: tl.constexpr):
+    "Of the states that enter the runs of tile k, those that enter one of the `tiles` tiles of the backward kernel."
+    r = k*RUNS + tl.arange(0, RUNS)[:,None]
+    tl.store(ptr + (r//BACK_RUNS*s + d[None]), h, mask=(r % BACK_RUNS == 0) & (r//BACK_RUNS < tiles) & in_d[None])
+
 # %% ../nbs/02_kernels.ipynb #496f820c
 @triton.jit
-def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walks, K, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
+def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walks, K, tiles, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
     channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
-    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
+    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr,
+    BACK_RUNS: tl.constexpr):
     "K tiles of RUNS runs of four steps and DB channels. MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
     b, _block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
@@ -260,9 +267,9 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
             w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
             h0 = _pick(h_all, i, n, N, RUNS, DB)
-            _store_state(borders + ((b*K + k)*N + n)*channels, h0, d, in_d, RUNS)
             P, S = _local(a, w)
             h, h0 = _enter(P, S, h0, RUNS, False, GATHER)                # carry
+            _store_borders(borders + (b*tiles*N + n)*channels, h, k, tiles, N*channels, d, in_d, RUNS, BACK_RUNS)
             h_all = _put(h_all, i, n, h0, N, RUNS)
             out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
@@ -281,12 +288,6 @@ def _channels_last(u):
     "Are channels side by side in memory, or times?"
     return u.stride(2)==1 or u.stride(1)!=1
 
-def _plan(u, A, B, C, n_walks):
-    "(runs, channels) of a tile, and of both passes (warps, loads in flight): the fastest of those tried on an H100."
-    unit, n = _unit(u.shape[2], B, C, n_walks), A.shape[1]
-    db = 16 if unit<=16 or not _channels_last(u) else 32
-    return 256//db, db, True, (2, 1), (2, 1)
-
 # %% ../nbs/02_kernels.ipynb #7b0ef44d
 def _like(x, u):
     "An empty tensor for something of the form of `x`, kept in memory as `u` is."
@@ -298,6 +299,17 @@ def _same_order(u, *xs):
     "All of them with channels, or all with times, side by side in memory, as `u` has it."
     k = 2 if _channels_last(u) else 1
     return [x if x is None or x.stride(k)==1 else x.contiguous() if k==2 else x.mT.contiguous().mT for x in (u,*xs)]
+
+# %% ../nbs/02_kernels.ipynb #c3a1f00a
+def _plan(u, A, B, C, n_walks):
+    "Tiles of the forward and of the backward kernel, each (runs, channels, `gather`?, warps, loads in flight)."
+    unit, single = _unit(u.shape[2], B, C, n_walks), u.dtype==torch.float32
+    if A.shape[1] > 1 or not _channels_last(u):                  # not measured: small enough for the registers
+        db = 16 if unit<=16 or not _channels_last(u) else 32
+        return ((256//db, db, True, 2, 1),)*2
+    if unit<=16: return ((8, 16, False, 1, 3) if single else (16, 16, False, 4, 1)), (16, 16, True, 2, 1)
+    if unit<=32: return ((4, 32, False, 1, 3) if single else (8, 16, False, 1, 3)), (8, 16, False, 1, 1)
+    return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
 
 # %% ../nbs/02_kernels.ipynb #6746b680
 def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -316,8 +328,8 @@ def _strides(xs, u, B, C):
 def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
     "What forward and backward share: (programs, sizes, strides, channel counts, compile-time constants)."
     (b,l,d),n = u.shape, A.shape[1]
-    unit, (runs, db, gather, *passes) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))
-    per_unit, tiles, (warps, stages) = -(-unit//db), -(-l//(4*runs)), passes[backward]
+    unit, (runs, db, gather, warps, stages) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))[backward]
+    per_unit, tiles = -(-unit//db), -(-l//(4*runs))
     counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C)), d//len(walks)]
     strides, align = _strides(xs, u, B, C)
     sizes = l//align, h, w, sum(k << 2*i for i,k in enumerate(walks)), tiles
@@ -329,13 +341,19 @@ def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
     return b*(d//unit)*per_unit, sizes, strides, counts, meta
 
 # %% ../nbs/02_kernels.ipynb #2fa3714e
+def _borders(u, A, B, C, n_walks):
+    "Room for the states that enter the tiles of the backward kernel, (b, tiles, n, d)."
+    (b,l,d),n = u.shape, A.shape[1]
+    return u.new_empty(b, -(-l//(4*_plan(u, A, B, C, n_walks)[1][0])), n, d, dtype=_state_dtype(u))
+
 def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
-    "y (b, l, d), last state (b, d, n), and the states at the borders of the tiles (b, tiles, n, d)."
+    "y (b, l, d), last state (b, d, n), and the states at the borders of the backward kernel's tiles (b, tiles, n, d)."
     u, delta, z = _same_order(u, delta, z)
-    (b,_l,d),n,st,y = u.shape, A.shape[1], _state_dtype(u), _like(u, u)
+    (b,_l,d),n,y = u.shape, A.shape[1], _like(u, u)
     programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
-    last, borders = u.new_empty(b, d, n, dtype=st), u.new_empty(b, sizes[-1], n, d, dtype=st)
-    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, *strides, *counts, **meta)
+    last, borders = u.new_empty(b, d, n, dtype=_state_dtype(u)), _borders(u, A, B, C, len(walks))
+    meta['BACK_RUNS'] = _plan(u, A, B, C, len(walks))[1][0]
+    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, borders.shape[1], *strides, *counts, **meta)
     return y, last, borders
 
 # %% ../nbs/02_kernels.ipynb #2d9151f7
@@ -535,9 +553,7 @@ _triton_backward_op = torch.library.custom_op("groupmamba::scan_triton_backward"
 # %% ../nbs/02_kernels.ipynb #88249954
 @_triton_op.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
-    (b,l,d),n,st = u.shape, A.shape[1], _state_dtype(u)
-    tiles = -(-l//(4*_plan(u, A, B, C, len(walks))[0]))
-    return _like(u, u), u.new_empty(b, d, n, dtype=st), u.new_empty(b, tiles, n, d, dtype=st)
+    return _like(u, u), u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=_state_dtype(u)), _borders(u, A, B, C, len(walks))
 
 @_triton_backward_op.register_fake
 def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
