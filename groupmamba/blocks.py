@@ -176,7 +176,8 @@ def norm_rows(x, gain, shift, eps, units=None):
 # %% ../nbs/02c_blocks.ipynb #02c00014
 @triton.jit
 def _rows_gemm(a, w, bias, res, scale, y, M, N, K, L, sa, sn, sk, EVEN: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, RES: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RES: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "y = res + scale·(a wᵀ + bias); a (M, K), w (N, K), y and res (M, N)."
     blocks = tl.cdiv(N, BN)
     m, n, kk = tl.program_id(0)//blocks*BM + tl.arange(0, BM), tl.program_id(0) % blocks*BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -216,7 +217,7 @@ def _rows_wide(a, stats, gain, shift, w, bias, y, M, N, K, eps, sn, sk, UNIT: tl
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         in_n = n < N
-        acc = tl.dot(x, tl.load(w + n[None]*sn + c[:,None]*sk, mask=in_n[None] & in_c[:,None], other=0).to(DT), input_precision='ieee').to(ST)
+        acc = tl.dot(x, _block(w, n, c, in_n, in_c, sn, sk, DT), input_precision='ieee').to(ST)
         if HAS_BIAS: acc += tl.load(bias + n, mask=in_n, other=0).to(ST)[None]
         tl.store(y + row[:,None]*N + n[None], acc.to(y.dtype.element_ty), mask=ok[:,None] & in_n[None])
 
@@ -229,8 +230,8 @@ def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
     given = [a if p is None else p for p in (bias, res, scale)]          # a kernel wants a pointer, even one it does not follow
     with _on(a): _rows_gemm[(triton.cdiv(m, bm)*triton.cdiv(n, bn),)](
-        a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, HAS_BIAS=bias is not None,
-        RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a), num_warps=warps, num_stages=stages)
+        a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
+        HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a), num_warps=warps, num_stages=stages)
     return y
 
 # %% ../nbs/02c_blocks.ipynb #02c00024
@@ -303,9 +304,10 @@ def _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide):
     zx, stats, sums, mean, gate = x.new_empty(*x.shape[:3], 2*c), new(b*l, 2), new(b*tiles, c), new(b, c), new(b, c)
     gp = c//wide if wide <= 32 else 1                                            # narrow groups: one program does all of them
     with _on(x):
-        _rows_in[(b*tiles, c//wide//gp)](x, gain, shift, w_in, zx, sums, stats, l, c, eps, tiles, BM=bm, BC=min(128, _p2(c)), UP=_p2(wide), GP=gp,
-                                         **groups, **types, num_warps=warps)
-        _gate[(b,)](sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'], num_warps=8)
+        _rows_in[(b*tiles, c//wide//gp)](x, gain, shift, w_in, zx, sums, stats, l, c, eps, tiles, BM=bm, BC=min(128, _p2(c)), UP=_p2(wide),
+                                         GP=gp, **groups, **types, num_warps=warps)
+        _gate[(b,)](sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'],
+                    num_warps=8)
     return zx, stats, mean, gate
 
 # %% ../nbs/02c_blocks.ipynb #02c00019
@@ -344,8 +346,8 @@ def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt
     u = _conv(zx[...,:c], k, kb, 'silu', unit=unit if wide > unit else None)
     v, borders = _gated(u, zx, x_proj, dt_w, -torch.exp(A_log), D, dt_b, ng, nb, geps, walks)
     t = _new(x)
-    with _on(x): _rows_mix[(b*tiles, len(walks))](v, x, stats, gain, shift, w_out, skip, gate, t, l, c, tiles, BM=bm, UP=_p2(wide), UNIT=unit, WIDE=wide,
-                                                  **_types(x), num_warps=warps)
+    with _on(x): _rows_mix[(b*tiles, len(walks))](v, x, stats, gain, shift, w_out, skip, gate, t, l, c, tiles, BM=bm, UP=_p2(wide),
+                                                  UNIT=unit, WIDE=wide, **_types(x), num_warps=warps)
     tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
     y = gemm(tn, w, bias, _rows(x), scale, l, units)
     return y.view_as(x), zx, u, borders, v, t, stats, tstats, mean, gate
@@ -392,8 +394,9 @@ def norm_back(g, x, stats, gain, part, res=None, units=None):
     (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
     rows = triton.cdiv(triton.cdiv(m, len(part)), bm)*bm
     dx = torch.empty_like(x)
-    with _on(x): _rows_norm_back[(len(part),)](g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, **_units(units, c), BM=bm, CP=_p2(c),
-                                               RES=res is not None, ST=_tl(_state_dtype(x)), num_warps=warps)
+    with _on(x): _rows_norm_back[(len(part),)](
+        g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, **_units(units, c), BM=bm, CP=_p2(c), RES=res is not None,
+        ST=_tl(_state_dtype(x)), num_warps=warps)
     return dx
 
 # %% ../nbs/02c_blocks.ipynb #02c0001e
@@ -456,8 +459,9 @@ def _mix_back(dt, v, x, stats, gain, shift, w_out, skip, gate, wide, dxn):
     "Gradients of o and of v, and the sums q (B, tiles, C); that of n so far goes to `dxn`."
     b, l, c, bm, warps, tiles = _tiles(x, wide, 'mix_back')
     do, dv, q = _new(x), _new(x), x.new_empty(b, tiles, c, dtype=_state_dtype(x))
-    with _on(x): _rows_mix_back[(b*tiles, c//wide)](dt, v, x, stats, gain, shift, w_out, skip, gate, do, dv, dxn, q, l, c, tiles, BM=bm, UP=_p2(wide),
-                                                    UNIT=len(gain)*wide//c, WIDE=wide, **_types(x), num_warps=warps)
+    with _on(x): _rows_mix_back[(b*tiles, c//wide)](
+        dt, v, x, stats, gain, shift, w_out, skip, gate, do, dv, dxn, q, l, c, tiles, BM=bm, UP=_p2(wide), UNIT=len(gain)*wide//c, WIDE=wide,
+        **_types(x), num_warps=warps)
     return do, dv, q
 
 # %% ../nbs/02c_blocks.ipynb #02c00018
@@ -487,8 +491,8 @@ def _gate_grads(q, x, mean, gate, w1, b1, w2, skip, unit):
     (b, tiles, c), r, l = q.shape, len(b1), x.shape[1]*x.shape[2]
     real = w1.shape[1]
     dmean, h, dh, d, m, dskip = (q.new_empty(b, k) for k in (c, r, r, real, real, 1))
-    with _on(x): _gate_back[(b,)](q, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, l, c, r, tiles, CP=_p2(c), RP=_p2(r), UNIT=unit,
-                                  WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
+    with _on(x): _gate_back[(b,)](q, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, l, c, r, tiles, CP=_p2(c), RP=_p2(r),
+                                  UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
     with _no_autocast(x): return dmean, (dh.t() @ m, dh.sum(0), d.t() @ h, d.sum(0)), dskip
 
 # %% ../nbs/02c_blocks.ipynb #02c0001c
@@ -526,7 +530,8 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale
     du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, -torch.exp(A_log), D, dt_b, ng, nb, geps, walks, dzx)
     taps = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=unit if wide > unit else None)[1]
     b, l, c, bm, warps, tiles = _tiles(x, wide)
-    with _on(x): _rows_in_back[(b*tiles, G)](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, BM=bm, UP=_p2(wide), **_types(x), num_warps=warps)
+    with _on(x): _rows_in_back[(b*tiles, G)](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, BM=bm, UP=_p2(wide), **_types(x),
+                                             num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
     dx = norm_back(dxn, _rows(x), stats, gain, part[1], _rows(dy), units)
     return dx.view_as(x), part.sum((0, 1)), *dgate, dw_in, taps, dscan, dnorm, dw_out, dskip.sum().view(1), dw
@@ -541,7 +546,8 @@ def _mixer_grads(grads, params, wide):
     dx_proj, ddt_w, dA, dD, ddt_b, dng, dnb = _gated_split(dscan, dnorm, x_proj, dt_w, A_log)
     taps = narrow(taps, unit, wide, (1,))
     out = (*narrow(norm, unit, wide, (1,)), *dgate, cut(dw_in, 2*c, wide), taps[:9].t(), taps[9],
-           dx_proj, ddt_w, -dA*torch.exp(A_log), dD, ddt_b, dng, dnb, cut(dw_out, c, wide), dskip, cut(dw[:c*c], c, c), narrow(dw[c*c:], unit, wide))
+           dx_proj, ddt_w, -dA*torch.exp(A_log), dD, ddt_b, dng, dnb, cut(dw_out, c, wide), dskip,
+           cut(dw[:c*c], c, c), narrow(dw[c*c:], unit, wide))
     return [g.reshape(p.shape).to(p.dtype) for g, p in zip(out, params)]
 
 # %% ../nbs/02c_blocks.ipynb #02c0002f
@@ -578,7 +584,8 @@ _FFN = 'gain shift fc1 fc1_bias conv conv_bias fc2 fc2_bias'.split()
 def _operator(name, f, given, params, options, results):
     "A custom operator of tensors `given`, drop path's factors, parameters and options, with so many results."
     tensors = [*(f'Tensor {n}' for n in given), 'Tensor? scale', *(f'Tensor {n}' for n in params), *options]
-    return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=f'({", ".join(tensors)}) -> ({", ".join(["Tensor"]*results)})')
+    schema = f'({", ".join(tensors)}) -> ({", ".join(["Tensor"]*results)})'
+    return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=schema)
 
 _kept = 'x zx u borders v t stats tstats mean gate'.split()
 _mixer_options, _ffn_options = ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
@@ -716,8 +723,10 @@ def _check(where, x, scale, params, n, directions=()):
     real = len(params[0])
     if real % 4: raise ValueError(f"params[0], the norm's gain, has {real} channels; they must be four equal groups")
     if x.shape[3] not in (real, 4*widened(real//4)):
-        raise ValueError(f"x has {x.shape[3]} channels; it must have the norm's {real}, or {4*widened(real//4)}: four groups, each filled up to a multiple of 8")
-    if scale is not None and scale.shape != (len(x),): raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be one factor an image, ({len(x)},)")
+        raise ValueError(f"x has {x.shape[3]} channels; it must have the norm's {real}, "
+                         f"or {4*widened(real//4)}: four groups, each filled up to a multiple of 8")
+    if scale is not None and scale.shape != (len(x),):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be one factor an image, ({len(x)},)")
     for p in (*params, *([] if scale is None else [scale])):
         if p.device != x.device: raise ValueError(f"a parameter is on {p.device}; all must be on {x.device}, where x is")
     for d in directions:
@@ -732,7 +741,7 @@ def mixer_block(
     scan_eps:float, # of the LayerNorm behind the scan
     directions:tuple, # of the four groups, names in 'lr', 'rl', 'tb', 'bt'
 )->Tensor: # y = x + scale·mixer(x), shape and dtype of x
-    "A mixer with its residual as one operator; no second derivative. `ValueError` for sizes and names that do not fit, `RuntimeError` without Triton."
+    "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for what does not fit, `RuntimeError` without Triton."
     _check('mixer_block', x, scale, params, 20, directions)
     if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
     return torch.ops.groupmamba.mixer_block(x.contiguous(), scale, *params, eps, scan_eps, [WALKS[d] for d in directions])[0]
@@ -744,7 +753,7 @@ def ffn_block(
     params:tuple, # gain and shift of the norm, fc1, bias, taps (M, 1, 3, 3), bias, fc2, bias
     eps:float, # of the LayerNorm
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
-    "LayerNorm, FFN and residual as one operator; no second derivative. `ValueError` for sizes that do not fit, `RuntimeError` without Triton."
+    "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for what does not fit, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
     return torch.ops.groupmamba.ffn_block(x.contiguous(), scale, *params, eps)[0]
 
