@@ -231,7 +231,8 @@ def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     given = [a if p is None else p for p in (bias, res, scale)]          # a kernel wants a pointer, even one it does not follow
     with _on(a): _rows_gemm[(triton.cdiv(m, bm)*triton.cdiv(n, bn),)](
         a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
-        HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a), num_warps=warps, num_stages=stages)
+        HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
+        num_warps=warps, num_stages=stages)
     return y
 
 # %% ../nbs/02c_blocks.ipynb #02c00024
@@ -460,8 +461,8 @@ def _mix_back(dt, v, x, stats, gain, shift, w_out, skip, gate, wide, dxn):
     b, l, c, bm, warps, tiles = _tiles(x, wide, 'mix_back')
     do, dv, q = _new(x), _new(x), x.new_empty(b, tiles, c, dtype=_state_dtype(x))
     with _on(x): _rows_mix_back[(b*tiles, c//wide)](
-        dt, v, x, stats, gain, shift, w_out, skip, gate, do, dv, dxn, q, l, c, tiles, BM=bm, UP=_p2(wide), UNIT=len(gain)*wide//c, WIDE=wide,
-        **_types(x), num_warps=warps)
+        dt, v, x, stats, gain, shift, w_out, skip, gate, do, dv, dxn, q, l, c, tiles, BM=bm, UP=_p2(wide), UNIT=len(gain)*wide//c,
+        WIDE=wide, **_types(x), num_warps=warps)
     return do, dv, q
 
 # %% ../nbs/02c_blocks.ipynb #02c00018
@@ -741,7 +742,7 @@ def mixer_block(
     scan_eps:float, # of the LayerNorm behind the scan
     directions:tuple, # of the four groups, names in 'lr', 'rl', 'tb', 'bt'
 )->Tensor: # y = x + scale·mixer(x), shape and dtype of x
-    "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for what does not fit, `RuntimeError` without Triton."
+    "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('mixer_block', x, scale, params, 20, directions)
     if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
     return torch.ops.groupmamba.mixer_block(x.contiguous(), scale, *params, eps, scan_eps, [WALKS[d] for d in directions])[0]
@@ -753,7 +754,7 @@ def ffn_block(
     params:tuple, # gain and shift of the norm, fc1, bias, taps (M, 1, 3, 3), bias, fc2, bias
     eps:float, # of the LayerNorm
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
-    "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for what does not fit, `RuntimeError` without Triton."
+    "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
     return torch.ops.groupmamba.ffn_block(x.contiguous(), scale, *params, eps)[0]
 
