@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELEASED_FOUR', 'SIZES', 'RENAMINGS', 'EXTRA_AXIS', 'HUB', 'entry_points', 'ReleasedMixer', 'ConvFFN',
-           'ReleasedBlock', 'ReleasedStage', 'ClassBlock', 'GroupMambaReleased', 'released_name', 'to_released',
+           'ReleasedBlock', 'ClassBlock', 'ReleasedStage', 'GroupMambaReleased', 'released_name', 'to_released',
            'from_released', 'CheckpointError', 'read_checkpoint', 'released_sizes', 'misfits', 'load_weights',
            'load_released', 'save_released', 'convert', 'convert_cli', 'hub_file', 'groupmamba_tiny',
            'groupmamba_small', 'groupmamba_base']
@@ -49,12 +49,15 @@ class ReleasedMixer(nn.Module):
         self.norm, self.affinity = nn.LayerNorm(dim), ChannelAffinity(dim) if cam else None
         self.mamba = MambaMixer(dim, groups=len(directions), expand=1, d_state=1, scan=scan_along(directions, scan))
         self.skip_scale, self.proj = nn.Parameter(torch.ones(1)), GroupLinear(dim, dim)
-        self.directions, self.fusible = directions, cam and scan == 'own' and len(directions) == 4 and set(directions) <= set(FOUR)
+        self.directions = directions
+        self.fusible = cam and scan == 'own' and len(directions) == 4 and set(directions) <= set(FOUR) and dim <= 512
 
-    def parts(self): # what `mixer_block` takes
+    def parts(self)->tuple: # 20 parameters
+        "What `mixer_block` takes."
         a, m = self.affinity, self.mamba
-        return (self.norm.weight, self.norm.bias, a.fc1.weight, a.fc1.bias, a.fc2.weight, a.fc2.bias, m.in_proj.weight, m.conv.weight, m.conv.bias, m.x_proj.weight, m.dt_weight,
-                m.A_log, m.D, m.dt_bias, m.norm.weight, m.norm.bias, m.out_proj.weight, self.skip_scale, self.proj.weight, self.proj.bias)
+        return (self.norm.weight, self.norm.bias, a.fc1.weight, a.fc1.bias, a.fc2.weight, a.fc2.bias, m.in_proj.weight, m.conv.weight, m.conv.bias,
+                m.x_proj.weight, m.dt_weight, m.A_log, m.D, m.dt_bias, m.norm.weight, m.norm.bias, m.out_proj.weight,
+                self.skip_scale, self.proj.weight, self.proj.bias)
 
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
@@ -93,6 +96,7 @@ class ReleasedBlock(nn.Module):
         super().__init__()
         self.mixer, self.norm, self.ffn = mixer(dim), nn.LayerNorm(dim, eps=1e-6), ConvFFN(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
+        self.units = dim//4, widened(dim//4)                # channels of a group, and the room they take in a fused block
 
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
@@ -105,26 +109,15 @@ class ReleasedBlock(nn.Module):
         x:Tensor, # image map (B, H, W, dim), or `widened`
         dtype:torch.dtype, # 16 bits
     )->Tensor: # same shape, in `dtype`
-        "The same by two operators."
+        "The same by two operators; a map with room in its groups keeps it."
         units = self.units
         plain = x.shape[-1] != 4*units[1]
         x = widen(x.to(dtype), *units, (3,)) if plain else x.to(dtype)
-        m, f, scale = self.mixer, self.ffn, self.drop_path.factor
+        m, f, norm, scale = self.mixer, self.ffn, self.norm, self.drop_path.factor
         x = mixer_block(x, scale(x), m.parts(), m.norm.eps, m.mamba.norm.eps, m.directions)
-        x = ffn_block(x, scale(x), (self.norm.weight, self.norm.bias, f.fc1.weight, f.fc1.bias, f.dwconv.weight, f.dwconv.bias, f.fc2.weight, f.fc2.bias), self.norm.eps)
+        params = norm.weight, norm.bias, f.fc1.weight, f.fc1.bias, f.dwconv.weight, f.dwconv.bias, f.fc2.weight, f.fc2.bias
+        x = ffn_block(x, scale(x), params, norm.eps)
         return narrow(x, *units, (3,)) if plain else x
-
-    @property
-    def units(self): # channels of a group, and the room they take in a fused block
-        unit = len(self.norm.weight)//4
-        return unit, widened(unit)
-
-class ReleasedStage(Stage):
-    "A stage of `ReleasedBlock`s: between fused blocks the map stays as they like it."
-    def run_blocks(self, x):
-        block = self.blocks[0] if len(self.blocks) else None
-        if not block or not block.mixer.fusible or not (dtype := fused_dtype(x)): return super().run_blocks(x)
-        return narrow(super().run_blocks(widen(x.to(dtype), *block.units, (3,))), *block.units, (3,))
 
 # %% ../nbs/07_released.ipynb #bc582349
 class ClassBlock(nn.Module):
@@ -144,6 +137,17 @@ class ClassBlock(nn.Module):
         x = x.mean((1, 2), keepdim=True)
         x = x + self.norm1(self.mixer(x))
         return (x + self.ffn(self.norm2(x))).flatten(1)
+
+# %% ../nbs/07_released.ipynb #07fu0006
+class ReleasedStage(Stage):
+    "A stage of `ReleasedBlock`s: between fused blocks the map keeps the room in its groups."
+    def run_blocks(self,
+        x:Tensor, # (B, H, W, dim)
+    )->Tensor: # same shape
+        "The layers one after the other; in 16 bits where they are fused."
+        block = self.blocks[0] if len(self.blocks) else None
+        if not block or not block.mixer.fusible or not (dtype := fused_dtype(x)): return super().run_blocks(x)
+        return narrow(super().run_blocks(widen(x.to(dtype), *block.units, (3,))), *block.units, (3,))
 
 # %% ../nbs/07_released.ipynb #cb17ae07
 class GroupMambaReleased(Classifier):
