@@ -103,7 +103,7 @@ def _row_as(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
     left, here, right = _row(x, r, w, c, H, W, sh, sw, in_c)
     return left.to(ST), here.to(ST), right.to(ST)
 
-# %% ../nbs/02b_fused.ipynb #c293bc68
+# %% ../nbs/02b_fused.ipynb #b64f2f31
 @triton.jit
 def _exp2(x, FAST: tl.constexpr):
     if FAST: return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -117,6 +117,7 @@ def _recip(x, FAST: tl.constexpr):
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr): return _recip(1 + _exp2(x*-1.4426950408889634, FAST), FAST)
 
+# %% ../nbs/02b_fused.ipynb #c293bc68
 @triton.jit
 def _phi(x, FAST: tl.constexpr):
     "Φ(x), and exp(-x²/2). Abramowitz & Stegun 7.1.26 in float32, erf in float64."
@@ -468,6 +469,7 @@ def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl
             tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
             tl.store(at + N*channels, tl.sum(_exp2(rest*An, FAST)*w*_column(S, j, R + n).to(ST), 0), mask=in_d)
 
+# %% ../nbs/02b_fused.ipynb #2cc22bb1
 @triton.jit
 def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, REVERSE: tl.constexpr, ST: tl.constexpr):
     "The state that enters every tile, from what tiles do to states; from the last tile to the first if REVERSE. borders: (B, K, N, channels)."
@@ -486,7 +488,20 @@ def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB:
         tl.store(out, tl.zeros((KB, CB), ST), mask=mask & (k == 0)[:,None])
         before = tl.sum(tl.where((i == KB - 1)[:,None], h, 0.), 0)
 
+def _border_states(carry, reverse=False):
+    "(B, K, N, D) from (B, K, 2, N, D)."
+    b, k, _, n, d = carry.shape
+    borders, cb = carry.new_empty(b, k, n, d), min(64, triton.next_power_of_2(d))
+    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, triton.next_power_of_2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
+    return borders
+
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
+@triton.jit
+def _states(a, w, borders, e, in_d):
+    "States of a tile from the one that enters it."
+    decay, h = tl.associative_scan((a, w), 0, _after)
+    return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
+
 @triton.jit
 def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
@@ -530,13 +545,6 @@ def _gated_launch(u, A, dt_weight, walks):
                 ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
 
-def _border_states(carry, reverse=False):
-    "(B, K, N, D) from (B, K, 2, N, D)."
-    b, k, _, n, d = carry.shape
-    borders, cb = carry.new_empty(b, k, n, d), min(64, triton.next_power_of_2(d))
-    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, triton.next_power_of_2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
-    return borders
-
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
     grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
@@ -556,12 +564,6 @@ def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
     dout = g*zz*s
     g = dout*gain
     return dz, dout, rstd*(g - (tl.sum(g, 1)/unit)[:,None] - y*(tl.sum(g*y, 1)/unit)[:,None])
-
-@triton.jit
-def _states(a, w, borders, e, in_d):
-    "States of a tile from the one that enters it."
-    decay, h = tl.associative_scan((a, w), 0, _after)
-    return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
 
 @triton.jit
 def _states_back(a, g, borders, e, in_d):
@@ -610,7 +612,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx,
 @triton.jit
 def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "Back through scan and selection. back: gradients of the states that leave the tiles. small: shares of the gradients of D and bias."
+    "Back through scan and selection. back: gradients of the states that leave the tiles. shares: of the gradients of all parameters."
     L, channels = H*W, G*WIDE
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
     c, n_idx, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP)
