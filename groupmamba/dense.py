@@ -6,10 +6,10 @@
 __all__ = ['SHAPES', 'PHOTOS', 'need', 'Pyramid', 'make_backbone', 'backbone_state', 'load_backbone', 'polygon', 'photographs',
            'photo_piece', 'texture', 'place_shape', 'draw_scene', 'scene_objects', 'DrawnScene', 'write_scenes',
            'scenes_folder', 'DenseData', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions', 'data_folder',
-           'gpu_wanted', 'DenseTask', 'Spared', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs']
+           'gpu_wanted', 'DenseTask', 'Spared', 'Uncast', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs']
 
-# %% ../nbs/12_dense.ipynb #6bfaf010
-import json, os, tempfile
+# %% ../nbs/12_dense.ipynb #d05ff074
+import colorsys, json, os, tempfile
 import numpy as np
 import timm, torch
 import groupmamba.core # noqa: F401 (registers our models with timm)
@@ -135,29 +135,26 @@ def photographs(part:str, # 'train' or 'val'
 def photo_piece(rng:np.random.Generator, # which piece
                 part:str, # 'train' or 'val'
                 h:int, w:int, # pixels
-                )->np.ndarray: # (h, w, 3), RGB
-    "A random piece of a random photograph, at a random scale, perhaps mirrored, its three colours in a random order."
+                )->np.ndarray: # (h, w, 3), RGB, 0 to 255
+    "A random piece of a random photograph, half faded, at a random scale, perhaps mirrored."
     photo = photographs(part)[rng.integers(len(PHOTOS[part]))]
     k = min(photo.shape[0]/h, photo.shape[1]/w) # the largest piece that is in it
     if k > 1: k = rng.uniform(1, k)
     y, x = rng.uniform(0, photo.shape[0] - k*h), rng.uniform(0, photo.shape[1] - k*w)
     piece = np.asarray(Image.fromarray(photo).resize((w, h), Image.Resampling.BILINEAR, box=(x, y, x + k*w, y + k*h)))
-    return (piece[:, ::-1] if rng.random() < 0.5 else piece)[..., rng.permutation(3)]
+    piece = 0.5*piece + 0.5*piece.mean(-1, keepdims=True)
+    return piece[:, ::-1] if rng.random() < 0.5 else piece
 
 # %% ../nbs/12_dense.ipynb #716a08bb
 def texture(rng:np.random.Generator, # which one
-            part:str, # 'train' or 'val'
             u, v, # coordinates inside the shape, (h, w)
             )->np.ndarray: # (h, w, 3), 0 to 255
-    "Two colours, mixed by a pattern; or a piece of a photograph, tinted. Both are shaded."
-    one, two = rng.uniform(0, 255, (2, 3))
+    "Two colours, mixed by a ramp, stripes, checks or dots, and shaded."
+    one, two = (255*np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.7, 1), rng.uniform(0.5, 1))) for _ in range(2))
     k, p = rng.uniform(4, 12), rng.uniform(0, 6.28)
-    kind = rng.integers(5)
-    if kind == 4: colours = 0.6*photo_piece(rng, part, *u.shape) + 0.4*one
-    else:
-        waves = (u, np.sin(k*u + p), np.sin(k*u + p)*np.sin(k*v), np.cos(k*u)**2*np.cos(k*v)**2*2 - 1)[kind]
-        mix = np.clip(0.5 + 2*waves, 0, 1)[..., None]
-        colours = one*mix + two*(1 - mix)
+    waves = (u, np.sin(k*u + p), np.sin(k*u + p)*np.sin(k*v), np.cos(k*u)**2*np.cos(k*v)**2*2 - 1)[rng.integers(4)]
+    mix = np.clip(0.5 + 2*waves, 0, 1)[..., None]
+    colours = one*mix + two*(1 - mix)
     return colours*(1 + 0.2*np.clip(u, -1, 1)*rng.choice((-1, 1)))[..., None]
 
 # %% ../nbs/12_dense.ipynb #456dc726
@@ -181,14 +178,14 @@ def draw_scene(rng:np.random.Generator, # everything random about it
                )->tuple: # picture (h, w, 3), uint8; object number of each pixel (h, w), 0: none; class of each object
     "A photograph with up to seven shapes before it."
     h, w = rng.integers(112, 193), rng.integers(144, 257)
-    image, ids, classes, whole = photo_piece(rng, part, h, w).astype(np.float64), np.zeros((h, w), np.int64), [], []
+    image, ids, classes, whole = photo_piece(rng, part, h, w), np.zeros((h, w), np.int64), [], []
     for _ in range(rng.integers(2, 8)):
         c, u, v, window, mask, area = place_shape(rng, h, w)
         new = ids.copy()
         new[window][mask] = len(classes) + 1
         seen = np.bincount(new.ravel(), minlength=len(classes) + 2)[1:]
         if (seen < np.maximum(100, 0.5*np.array([*whole, area]))).any(): continue
-        image[window] = np.where(mask[..., None], texture(rng, part, u, v), image[window])
+        image[window] = np.where(mask[..., None], texture(rng, u, v), image[window])
         ids, classes, whole = new, [*classes, c], [*whole, area]
     return np.clip(image, 0, 255).round().astype(np.uint8), ids, classes
 
@@ -358,6 +355,11 @@ class Spared:
         return {k for k, _ in self.named_parameters() if k.rsplit('.', 1)[-1] in spared}
     def set_grad_checkpointing(self, enable:bool=True): self.find_pyramid().set_grad_checkpointing(enable)
 
+# %% ../nbs/12_dense.ipynb #a961e587
+class Uncast:
+    "Hides the arguments of a model from the precision plugin; the model takes them out."
+    def __init__(self, *args): self.args = args
+
 # %% ../nbs/12_dense.ipynb #925b6477
 def load_dense(path, # a checkpoint
                task:Task, # what it must have learnt
@@ -376,7 +378,6 @@ def load_dense(path, # a checkpoint
 def palette(n:int, # colours
             )->np.ndarray: # (n, 3), uint8
     "Colours that differ from their neighbours; the first is black."
-    import colorsys
     found = [colorsys.hsv_to_rgb(i*0.618034 % 1, 0.85 if i % 2 else 0.6, 1 if i % 3 else 0.8) for i in range(n)]
     return (255*np.array(found)*(np.arange(n) > 0)[:, None]).round().astype(np.uint8)
 

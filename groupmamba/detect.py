@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
-from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, dense_loader, draw_pairs, gpu_wanted, \
+from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, dense_loader, draw_pairs, gpu_wanted, \
     data_folder, load_dense, need, palette, tensor_of, verbs
 from groupmamba.train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, run_cli, \
     train_command
@@ -82,6 +82,9 @@ class GroupMaskRCNN(Spared, MaskRCNN):
                          box_batch_size_per_image=rois, **options)
         heads = self.roi_heads
         for part in (fpn, self.rpn.head, heads.box_predictor, heads.mask_predictor): part.register_forward_hook(in_float32)
+
+    def forward(self, images, targets=None): # or both in an `Uncast`
+        return super().forward(*images.args) if isinstance(images, Uncast) else super().forward(images, targets)
 
 # %% ../nbs/12b_detect.ipynb #67bec1ef
 def mask_rcnn(
@@ -349,7 +352,7 @@ class DetectTask(DenseTask):
         return create_scheduler_v2(run.optimizer, 'multistep', num_epochs=cfg.epochs*steps, decay_milestones=[e*steps for e in cfg.decay_after],
             decay_rate=0.1, warmup_epochs=cfg.warmup_steps, warmup_lr=cfg.lr/1000, step_on_epochs=False, updates_per_epoch=1)[0]
     def forward(self, run, images, targets, part):
-        losses = run.model(images, targets)
+        losses = run.model(Uncast(images, targets))
         return sum(losses.values()), losses['loss_mask'].detach()*len(images)
     def noise_size(self, cfg): return cfg.short_side, min(cfg.long_side, cfg.short_side*4//3)
     def noise_target(self, image, cfg, device): return seven_boxes(image)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
-from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, dense_loader, draw_pairs, load_dense, need, palette, \
+from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, dense_loader, draw_pairs, load_dense, need, palette, \
     data_folder, tensor_of, verbs
 from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, part_size, run_cli, \
     train_command, write_csv
@@ -52,9 +52,10 @@ class UperNet(Spared, nn.Module):
     def heads(self): return nn.ModuleList([self.head, self.second])
 
     def forward(self,
-        images:Tensor, # (b, 3, h, w), in 0..1
+        images:Tensor|Uncast, # (b, 3, h, w), in 0..1; or both in an `Uncast`
         targets:Tensor|None=None, # (b, h, w), class numbers; needed in training
     ): # logits (b, num_classes, h, w) in the images' type; in training a dictionary of two losses
+        if isinstance(images, Uncast): images, targets = images.args
         h, w = images.shape[2:]
         maps = self.pyramid(F.pad((images - self.mean)/self.std, (0, -w % 32, 0, -h % 32))) # Swin wants whole windows; a few more pixels of the mean colour
         size = lambda logits: F.interpolate(logits.to(images.dtype), (h + -h % 32, w + -w % 32), mode='bilinear')[..., :h, :w]
@@ -252,6 +253,7 @@ class SegmentModelOptions(BackboneOptions):
     short_side:int = option(512, 'pictures are resized to this shorter side; 0: as they are', lo=0)
     scale_min:float = option(0.5, 'smallest random factor on top of it', lo=0.05)
     scale_max:float = option(2., 'largest random factor', lo=0.05)
+    colour:bool = option(True, 'random brightness, contrast, saturation and hue')
     zero_is_void:bool = option(False, "the masks' 0 is no class and 1 is the first one, as in ADE20K")
     ignore:int = option(255, 'label of pixels that do not count', lo=0, hi=65535)
 
@@ -282,7 +284,7 @@ class SegmentConfig(SceneOptions, SegmentModelOptions, SegmentOptim, HardwareOpt
     def epochs(self): return self.iterations//self.eval_steps
 
 SEGMENT_RECIPES = dict(
-    scenes=dict(model='groupmamba_nano', scenes=400, crop=128, stride=85, short_side=0, scale_min=0.75, scale_max=1.5, channels=64, drop_path=0., num_workers=0,
+    scenes=dict(model='groupmamba_nano', scenes=400, crop=128, stride=85, short_side=0, scale_min=0.75, scale_max=1.25, colour=False, channels=64, drop_path=0., num_workers=0,
                 batch_size=8, lr=2e-3, clip=5., iterations=500, eval_steps=100, warmup_steps=50, keep=0),
     paper=dict(verify=False))
 
@@ -293,7 +295,7 @@ class SegmentTask(DenseTask):
     options, recipes = SegmentConfig, SEGMENT_RECIPES
     best, one_size = ('miou', '-loss'), False
     def open(self, cfg): return open_masks(data_folder(cfg), cfg.zero_is_void, cfg.ignore)
-    def views(self, cfg): return TrainView(cfg.crop, cfg.short_side, (cfg.scale_min, cfg.scale_max), cfg.ignore), WholeView()
+    def views(self, cfg): return TrainView(cfg.crop, cfg.short_side, (cfg.scale_min, cfg.scale_max), cfg.ignore, cfg.colour), WholeView()
     def samples(self, cfg): return cfg.eval_steps*cfg.batch_size
     def model_args(self, cfg, n): return {k: getattr(cfg, k) for k in ('channels', 'auxiliary', 'ignore', 'drop_path')} | dict(name=cfg.model, num_classes=n)
     def build(self, args, backbone): return upernet(**args, backbone=backbone)
@@ -307,7 +309,7 @@ class SegmentTask(DenseTask):
     def forward(self, run, images, targets, part):
         images, targets = torch.stack(images), torch.stack(targets)
         if run.cfg.channels_last: images = images.contiguous(memory_format=torch.channels_last)
-        losses = run.model(images, targets)
+        losses = run.model(Uncast(images, targets))
         return sum(losses.values()), losses['loss'].detach()*len(images)
     watch, short, style = 'head_loss', 'head_loss', '.3f'
     def noise(self, cfg, n, device):
