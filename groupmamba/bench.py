@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def device_text(
 )->str: # with versions
     "The device, and the versions that decide about speed."
     if device.type == 'cuda': name = torch.cuda.get_device_name(device)
-    else: name = f'CPU, {torch.get_num_threads()} threads'
+    else: name = f'CPU, {torch.get_num_threads()} of {os.cpu_count()} threads'
     triton = device.type == 'cuda' and importlib.util.find_spec('triton') and importlib.import_module('triton')
     return f'{name}, torch {torch.__version__}' + (f', triton {triton.__version__}' if triton else '') + f', timm {timm.__version__}'
 
