@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def run_or_fall_back(model, run, o):
 
 def _first_line(e): return f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'
 
-# %% ../nbs/13_bench.ipynb #13bc001b
+# %% ../nbs/13_bench.ipynb #13bc001c
 def count_macs(
     model:nn.Module, # any image model
     size:int, # side of the image, pixels
@@ -199,15 +200,15 @@ def count_macs(
     model.train(was)
     return counter.get_total_flops()/2e9
 
-# %% ../nbs/13_bench.ipynb #13bc001e
+# %% ../nbs/13_bench.ipynb #13bc001f
 def device_text(
     device:torch.device, # cpu or cuda
 )->str: # with versions
     "The device, and the versions that decide about speed."
     if device.type == 'cuda': name = torch.cuda.get_device_name(device)
-    else: name = f'CPU, {torch.get_num_threads()} threads'
-    triton = f', triton {importlib.import_module("triton").__version__}' if device.type == 'cuda' and importlib.util.find_spec('triton') else ''
-    return f'{name}, torch {torch.__version__}{triton}, timm {timm.__version__}'
+    else: name = f'CPU, {torch.get_num_threads()} of {os.cpu_count()} threads'
+    triton = device.type == 'cuda' and importlib.util.find_spec('triton') and importlib.import_module('triton')
+    return f'{name}, torch {torch.__version__}' + (f', triton {triton.__version__}' if triton else '') + f', timm {timm.__version__}'
 
 def build(
     name:str, # of a model that timm knows, ours included
@@ -218,7 +219,7 @@ def build(
     fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return timm.create_model(name, **(dict(img_size=size) if fixed and fixed.fixed_input_size else {}))
 
-# %% ../nbs/13_bench.ipynb #13bc001f
+# %% ../nbs/13_bench.ipynb #13bc0020
 def describe(
     model:nn.Module, # any image model
     name:str, # in the rows
@@ -231,7 +232,7 @@ def describe(
     try: return replace(row, macs=count_macs(model, o.img_size))
     except Exception as e: return replace(row, note=f'not counted, {_first_line(e)}')   # the times may be fine all the same
 
-# %% ../nbs/13_bench.ipynb #13bc0020
+# %% ../nbs/13_bench.ipynb #13bc0021
 def _rows_of(model, o, name):
     "One row after the other."
     torch.backends.cudnn.benchmark = True
@@ -249,7 +250,7 @@ def bench_model(
     "Measure one model in this process. A run that fails is a row with an error. Raises `UserError` for unknown names."
     return list(_rows_of(model, options, name))
 
-# %% ../nbs/13_bench.ipynb #13bc0021
+# %% ../nbs/13_bench.ipynb #13bc0022
 def _row(base, model, o):
     "`base` with the numbers of its run, or with the reason why there are none."
     device = resolve(o)[0]
@@ -259,7 +260,7 @@ def _row(base, model, o):
     ms, spread = middle(times)
     return replace(base, images_s=o.batch_size/ms*1e3, ms=ms, spread=spread, memory=memory, note='; '.join(filter(None, (base.note, note))))
 
-# %% ../nbs/13_bench.ipynb #13bc0026
+# %% ../nbs/13_bench.ipynb #13bc0027
 OURS = tuple(f'groupmamba_{size}' for size in SIZES)
 TABLE6_MODELS = tuple(f'{n}_table6' for n in OURS)
 PEERS = 'swin_tiny_patch4_window7_224', 'convnext_tiny', 'regnety_040'
@@ -283,7 +284,7 @@ class BenchConfig(TimingOptions):
         files = [(k, v) for k, v in (('out', self.out), ('plot', self.plot)) if v and not Path(v).resolve().parent.is_dir()]
         return bad + [f'{k} must be in a folder that exists, got {v!r}' for k, v in files]
 
-# %% ../nbs/13_bench.ipynb #13bc0027
+# %% ../nbs/13_bench.ipynb #13bc0028
 def load_other(
     spec:str, # FOLDER:MODULE:FUNCTION
 )->nn.Module: # what the function makes
@@ -301,7 +302,17 @@ def _child(path):
         rows.append(asdict(r))
         target.with_suffix('.part').write_text(json.dumps(rows)); target.with_suffix('.part').replace(target)
 
-# %% ../nbs/13_bench.ipynb #13bc0028
+# %% ../nbs/13_bench.ipynb #13bc002a
+def _finish(command, log, timeout):
+    "Run a command to its end, or end it; in words, how it went."
+    with open(log, 'w') as f:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=f)
+        try: code = child.wait(timeout)
+        except subprocess.TimeoutExpired: return f'stopped after {timeout:g} s'
+        finally: child.kill(); child.wait()
+    return f'exit code {code}: ' + (Path(log).read_text(errors='replace').strip().splitlines() or [''])[-1][:200]
+
+# %% ../nbs/13_bench.ipynb #13bc002b
 def _in_process(name, other, cfg):
     "Rows of one model, measured by a child; if that dies, rows that say so in place of those that it still owed."
     options, rows = {f.name: getattr(cfg, f.name) for f in fields(TimingOptions)}, []
@@ -309,15 +320,12 @@ def _in_process(name, other, cfg):
         job = Path(folder)/'job.json'
         job.write_text(json.dumps(dict(name=name, other=other, options=options)))
         command = [sys.executable, '-c', 'import sys; from groupmamba.bench import _child; _child(sys.argv[1])', str(job)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=cfg.timeout)
-            why = f'exit code {done.returncode}: ' + (done.stderr.strip().splitlines() or [''])[-1][:200]
-        except subprocess.TimeoutExpired: why = f'stopped after {cfg.timeout:g} s'
+        why = _finish(command, Path(folder)/'stderr', cfg.timeout)
         if job.with_suffix('.rows').exists(): rows = [Row(**r) for r in json.loads(job.with_suffix('.rows').read_text())]
     owed = cfg.runs[len(rows):]
     return rows + [Row(name.rsplit(':', 1)[-1], run, batch_size=cfg.batch_size, img_size=cfg.img_size, error=why) for run in owed]
 
-# %% ../nbs/13_bench.ipynb #13bc002b
+# %% ../nbs/13_bench.ipynb #13bc002e
 def head_text(): return f'{"model":30} {"M":>6} {"G":>6}  {"run":18} {"images/s":>9} {"ms":>8} {"spread":>7} {"GiB":>6}'
 
 def row_text(
@@ -328,7 +336,7 @@ def row_text(
     if r.error: return start + r.error
     return start + f'{r.images_s:9,.1f} {r.ms:8.2f} {r.spread:7.1%} {r.memory:6.2f}' + (f'  ({r.note})' if r.note else '')
 
-# %% ../nbs/13_bench.ipynb #13bc002c
+# %% ../nbs/13_bench.ipynb #13bc002f
 def write_rows(
     path:str|Path, # CSV file, replaced as a whole
     rows:Sequence, # of `Row`
@@ -352,7 +360,7 @@ def bench_models(
     if cfg.plot: plot_rows(cfg.plot, rows)
     return rows
 
-# %% ../nbs/13_bench.ipynb #13bc002e
+# %% ../nbs/13_bench.ipynb #13bc0031
 def draw_rows(
     ax, # matplotlib axes
     rows:Sequence, # of `Row`
@@ -379,10 +387,10 @@ def plot_rows(
     for ax, run in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs): draw_rows(ax, rows, run)
     with replacing(Path(path)) as temporary: fig.savefig(temporary, dpi=90, format='png')
 
-# %% ../nbs/13_bench.ipynb #13bc0033
+# %% ../nbs/13_bench.ipynb #13bc0036
 def bench_cli(
     argv:list[str]|None=None, # arguments; None: what the user typed
 ):
-    "Images a second of GroupMamba, its peers and any other model: inference and training, eager and compiled, each model in its own process."
+    "Images a second of GroupMamba, its peers and any other model: inference and training, eager and compiled, each in its own process."
     parser = make_parser(BenchConfig, 'groupmamba_bench', bench_cli.__doc__)
     run_cli(parser, lambda given: bench_models(config=BenchConfig(**given)), argv)
