@@ -33,10 +33,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
-from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, dense_loader, draw_pairs, gpu_wanted, \
-    data_folder, load_dense, need, palette, tensor_of, verbs
-from groupmamba.train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, run_cli, \
-    train_command
+from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
+    gpu_wanted, load_dense, need, palette, tensor_of, verbs
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, \
+    run_cli, train_command
 
 # %% ../nbs/12b_detect.ipynb #5b5acc65
 NORMS = dict(none=None, group=lambda c: nn.GroupNorm(min(32, c//4), c), batch=nn.BatchNorm2d) # in FPN and mask head
@@ -77,7 +77,8 @@ class GroupMaskRCNN(Spared, MaskRCNN):
     ):
         c = fpn.out_channels
         anchors = AnchorGenerator(tuple((anchor*2**i,) for i in range(5)), ((0.5, 1., 2.),)*5)
-        super().__init__(fpn, rpn_anchor_generator=anchors, box_head=TwoMLPHead(49*c, 4*c), box_predictor=FastRCNNPredictor(4*c, num_classes + 1),
+        super().__init__(fpn, rpn_anchor_generator=anchors,
+                         box_head=TwoMLPHead(49*c, 4*c), box_predictor=FastRCNNPredictor(4*c, num_classes + 1),
                          mask_head=MaskRCNNHeads(c, (c,)*4, 1, NORMS[norm]), mask_predictor=MaskRCNNPredictor(c, c, num_classes + 1),
                          box_batch_size_per_image=rois, **options)
         heads = self.roi_heads
@@ -114,7 +115,8 @@ def count_parts(model:GroupMaskRCNN, # on any device; `meta` is enough
                 )->dict: # part → (parameters, multiply-adds)
     "Parameters and multiply-adds of the parts. The flop counter counts two for a multiply-add."
     empty = partial(torch.empty, device=next(model.parameters()).device)
-    image, pyramid, fpn, c, heads = empty(1, 3, h, w), model.backbone.pyramid, model.backbone.fpn, model.backbone.out_channels, model.roi_heads
+    pyramid, fpn, c, heads = model.backbone.pyramid, model.backbone.fpn, model.backbone.out_channels, model.roi_heads
+    image = empty(1, 3, h, w)
     maps = OrderedDict(enumerate(pyramid(image)))
     parts = dict(backbone=(pyramid, image), fpn=(fpn, maps), rpn=(model.rpn.head, list(fpn(maps).values())),
                  boxes=(nn.Sequential(heads.box_head, heads.box_predictor), empty(boxes, c, 7, 7)),
@@ -247,7 +249,7 @@ def make_metric(): # torchmetrics' `MeanAveragePrecision`
     "Box and mask AP by pycocotools."
     need('pycocotools')
     from torchmetrics.detection import MeanAveragePrecision
-    grid = dict(iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist()) # torchmetrics' own are float32
+    grid = dict(iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(), rec_thresholds=np.linspace(0, 1, 101).tolist()) # its own are float32
     return MeanAveragePrecision(iou_type=('bbox', 'segm'), backend='pycocotools', sync_on_compute=False, **grid)
 
 def named_ap(found:dict, # what the metric computed
@@ -349,7 +351,8 @@ class DetectTask(DenseTask):
         if run.fabric.is_global_zero: list_faults(run)
     def schedule(self, run):
         cfg, steps = run.cfg, run.steps
-        return create_scheduler_v2(run.optimizer, 'multistep', num_epochs=cfg.epochs*steps, decay_milestones=[e*steps for e in cfg.decay_after],
+        ends = [e*steps for e in cfg.decay_after]
+        return create_scheduler_v2(run.optimizer, 'multistep', num_epochs=cfg.epochs*steps, decay_milestones=ends,
             decay_rate=0.1, warmup_epochs=cfg.warmup_steps, warmup_lr=cfg.lr/1000, step_on_epochs=False, updates_per_epoch=1)[0]
     def forward(self, run, images, targets, part):
         losses = run.model(Uncast(images, targets))

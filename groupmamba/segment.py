@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
-from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, dense_loader, draw_pairs, load_dense, need, palette, \
-    data_folder, tensor_of, verbs
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, part_size, run_cli, \
-    train_command, write_csv
+from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
+    load_dense, need, palette, tensor_of, verbs
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, \
+    part_size, run_cli, train_command, write_csv
 
 # %% ../nbs/12c_segment.ipynb #7ddd7b20
 class UperNet(Spared, nn.Module):
@@ -44,11 +44,13 @@ class UperNet(Spared, nn.Module):
         need('transformers')
         from transformers.models.upernet.configuration_upernet import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
-        config = UperNetConfig(hidden_size=channels, auxiliary_channels=channels//2, auxiliary_in_channels=pyramid.channels[2], num_labels=num_classes)
+        config = UperNetConfig(hidden_size=channels, auxiliary_channels=channels//2, auxiliary_in_channels=pyramid.channels[2],
+                               num_labels=num_classes)
         self.pyramid, self.auxiliary, self.ignore = pyramid, auxiliary, ignore
         self.head, self.second = UperNetHead(config, pyramid.channels), UperNetFCNHead(config, pyramid.channels)
         self.heads().apply(init_head)
-        for k, v in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD)): self.register_buffer(k, torch.tensor(v).reshape(3, 1, 1), persistent=False)
+        for k, v in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD)):
+            self.register_buffer(k, torch.tensor(v).reshape(3, 1, 1), persistent=False)
     def heads(self): return nn.ModuleList([self.head, self.second])
 
     def forward(self,
@@ -57,10 +59,11 @@ class UperNet(Spared, nn.Module):
     ): # logits (b, num_classes, h, w) in the images' type; in training a dictionary of two losses
         if isinstance(images, Uncast): images, targets = images.args
         h, w = images.shape[2:]
-        maps = self.pyramid(F.pad((images - self.mean)/self.std, (0, -w % 32, 0, -h % 32))) # Swin wants whole windows; a few more pixels of the mean colour
+        maps = self.pyramid(F.pad((images - self.mean)/self.std, (0, -w % 32, 0, -h % 32))) # Swin wants whole windows
         size = lambda logits: F.interpolate(logits.to(images.dtype), (h + -h % 32, w + -w % 32), mode='bilinear')[..., :h, :w]
         if not self.training: return size(self.head(maps))
-        return dict(loss=pixel_loss(size(self.head(maps)), targets, self.ignore), auxiliary=self.auxiliary*pixel_loss(size(self.second(maps)), targets, self.ignore))
+        loss = lambda head: pixel_loss(size(head(maps)), targets, self.ignore)
+        return dict(loss=loss(self.head), auxiliary=self.auxiliary*loss(self.second))
 
 # %% ../nbs/12c_segment.ipynb #1486c73d
 def init_head(m:nn.Module): # changed in place
@@ -97,6 +100,7 @@ def class_names(root:Path)->list[str]: # one per class number
     if len(found) < 2 or not all(found): raise UserError(f'{path} must name two classes or more, one on each line')
     return found
 
+# %% ../nbs/12c_segment.ipynb #a0897816
 class MaskReader(FolderReader):
     "Pictures with index masks."
     def __init__(self,
@@ -158,7 +162,8 @@ class TrainView:
         image, mask = tv_tensors.Image(tensor_of(image)), tv_tensors.Mask(mask)
         k = float(torch.empty(()).uniform_(*self.scales))*(self.short_side/min(mask.shape) if self.short_side else 1)
         size = [max(1, round(k*s)) for s in mask.shape]
-        image, mask = v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size, interpolation=v2.InterpolationMode.NEAREST)
+        image = v2.functional.resize(image, size, antialias=True)
+        mask = v2.functional.resize(mask, size, interpolation=v2.InterpolationMode.NEAREST)
         pick = v2.RandomCrop(self.crop, pad_if_needed=True, fill=self.fill)
         for _ in range(10):
             view = pick(image, mask)
@@ -194,6 +199,7 @@ def slide(model, # images (b, 3, h, w) to logits (b, c, h, w)
             total, count = total + F.pad(logits, margins), count + F.pad(torch.ones_like(logits[:1, :1]), margins)
     return total/count
 
+# %% ../nbs/12c_segment.ipynb #9885cff7
 def segment(model, # images to logits
             image:Tensor, # (3, h, w), in 0..1
             crop:int, # side of a window
@@ -238,7 +244,8 @@ def mean_iou(fabric, # device and precision
         for image, mask in zip(images, masks):
             with fabric.autocast(): p = segment(inner, image, **how)
             confusion.update(p.argmax(0)[None], mask[None])
-            if n := (mask != ignore).sum().item(): loss.update(F.nll_loss(p.clamp(min=1e-12).log()[None], mask[None], ignore_index=ignore), n)
+            n, log_p = (mask != ignore).sum().item(), p.clamp(min=1e-12).log()
+            if n: loss.update(F.nll_loss(log_p[None], mask[None], ignore_index=ignore), n)
     found = confusion.compute().cpu()
     return dict(miou=iou_of(found).nanmean().item(), acc=(found.trace()/found.sum()).item(), loss=loss.compute().item()), found
 
@@ -284,8 +291,8 @@ class SegmentConfig(SceneOptions, SegmentModelOptions, SegmentOptim, HardwareOpt
     def epochs(self): return self.iterations//self.eval_steps
 
 SEGMENT_RECIPES = dict(
-    scenes=dict(model='groupmamba_nano', scenes=400, crop=128, stride=85, short_side=0, scale_min=0.75, scale_max=1.25, colour=False, channels=64, drop_path=0., num_workers=0,
-                batch_size=8, lr=2e-3, clip=5., iterations=500, eval_steps=100, warmup_steps=50, keep=0),
+    scenes=dict(model='groupmamba_nano', scenes=400, crop=128, stride=85, short_side=0, scale_min=0.75, scale_max=1.25, colour=False, channels=64,
+                drop_path=0., num_workers=0, batch_size=8, lr=2e-3, clip=5., iterations=500, eval_steps=100, warmup_steps=50, keep=0),
     paper=dict(verify=False))
 
 # %% ../nbs/12c_segment.ipynb #59dd8cda
@@ -297,15 +304,16 @@ class SegmentTask(DenseTask):
     def open(self, cfg): return open_masks(data_folder(cfg), cfg.zero_is_void, cfg.ignore)
     def views(self, cfg): return TrainView(cfg.crop, cfg.short_side, (cfg.scale_min, cfg.scale_max), cfg.ignore, cfg.colour), WholeView()
     def samples(self, cfg): return cfg.eval_steps*cfg.batch_size
-    def model_args(self, cfg, n): return {k: getattr(cfg, k) for k in ('channels', 'auxiliary', 'ignore', 'drop_path')} | dict(name=cfg.model, num_classes=n)
+    def model_args(self, cfg, n):
+        return {k: getattr(cfg, k) for k in ('channels', 'auxiliary', 'ignore', 'drop_path')} | dict(name=cfg.model, num_classes=n)
     def build(self, args, backbone): return upernet(**args, backbone=backbone)
     def ready(self, run):
         super().ready(run)
         if part_size(run.cfg, run.fabric.world_size) < 2 and run.fabric.device.type != 'cuda': raise UserError('BatchNorm needs two crops or more on each process')
     def schedule(self, run):
         cfg = run.cfg
-        return create_scheduler_v2(run.optimizer, 'poly', num_epochs=cfg.iterations, decay_rate=1., min_lr=0., warmup_epochs=cfg.warmup_steps,
-            warmup_lr=min(1e-6, cfg.lr), step_on_epochs=False, updates_per_epoch=1)[0]
+        return create_scheduler_v2(run.optimizer, 'poly', num_epochs=cfg.iterations, decay_rate=1., min_lr=0.,
+            warmup_epochs=cfg.warmup_steps, warmup_lr=min(1e-6, cfg.lr), step_on_epochs=False, updates_per_epoch=1)[0]
     def forward(self, run, images, targets, part):
         images, targets = torch.stack(images), torch.stack(targets)
         if run.cfg.channels_last: images = images.contiguous(memory_format=torch.channels_last)
@@ -317,7 +325,8 @@ class SegmentTask(DenseTask):
         return torch.rand(n, 3, cfg.crop, cfg.crop, device=device), torch.zeros(n, cfg.crop, cfg.crop, dtype=torch.long, device=device)
     def validate(self, run, model): return self.measure(run.fabric, model, run.val_loader, len(run.classes), run.cfg)[0]
     def measure(self, fabric, model, loader, n, cfg, scales=(1.,), flip=False):
-        return mean_iou(fabric, model, loader, n, cfg.ignore, crop=cfg.crop, stride=cfg.stride, short_side=cfg.short_side, scales=scales, flip=flip)
+        how = dict(crop=cfg.crop, stride=cfg.stride, short_side=cfg.short_side, scales=scales, flip=flip)
+        return mean_iou(fabric, model, loader, n, cfg.ignore, **how)
     def line(self, row):
         text = 'train loss {train_loss:.3f}   validation loss {val_loss:.3f}   mIoU {val_miou:.3f}   pixels {val_acc:.1%}'
         return (text + ('   averaged: mIoU {ema_miou:.3f}' if 'ema_miou' in row else '')).format(**row)
