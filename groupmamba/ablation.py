@@ -252,11 +252,15 @@ class Study:
     images:str # key of `IMAGES`
     teacher:str # name for timm
     recipe:dict # options of `groupmamba_train`
+    teaching:dict # options in which the teacher's own lesson differs
 
-SHARED = dict(val_fraction=0.5, verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
+SHARED = dict(verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
 STUDIES = dict(
-    full=Study('mnist', 'regnety_004', SHARED | dict(img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2)),
-    reduced=Study('few', 'test_resnet', SHARED | dict(img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu')))
+    full=Study('mnist', 'regnety_004', SHARED | dict(val_fraction=.5, img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2),
+               dict(epochs=40)),
+    small=Study('mnist', 'test_resnet', SHARED | dict(val_fraction=.8, img_size=32, epochs=6, warmup_epochs=1, batch_size=64, lr=2e-3, accelerator='cpu'),
+                dict(epochs=24)),
+    reduced=Study('few', 'test_resnet', SHARED | dict(val_fraction=.5, img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu'), {}))
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
 def teacher_file(out:Path, study:str, seed:int)->Path: return Path(out)/f'teacher-{study}-{seed}.pt'
@@ -272,13 +276,16 @@ def learn(
     model, distill = LESSONS.get(lesson, (plan.teacher, 'none'))
     taught = dict(distill=distill, teacher=plan.teacher, teacher_checkpoint=str(teacher_file(out, study, seed)))
     if distill == 'none': taught = {}
+    recipe = plan.recipe | (plan.teaching if lesson == 'teacher' else {}) | taught
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = setup(make_config('digits', **plan.recipe, **taught, data=str(image_folder(plan.images)), model=model, seed=seed, out=folder))
-        run.val_loader = list(run.val_loader)                      # the same views every epoch: made once
-        if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
+        run = setup(make_config('digits', **recipe, data=str(image_folder(plan.images)), model=model, seed=seed, out=folder, stop_after=recipe['epochs'] - 1))
+        views = list(run.val_loader)
+        for run.val_loader in views[:1], views:                    # up to the last epoch a glance will do; only that one counts
+            if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
         last = run.history[-1]
         if lesson == 'teacher':
             with replacing(teacher_file(out, study, seed)) as temporary: (run.out/'last.pt').rename(temporary)
+    assert run.epoch == recipe['epochs']
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
     return dict(study=study, lesson=lesson, seed=seed, model=model, params=round(c.params, 4), mmacs=round(c.macs*1e3, 3),
                 top1=round(100*last['val_top1'], 3), train_loss=round(last['train_loss'], 4), epochs=run.epoch,
@@ -553,12 +560,17 @@ class AblateConfig(Options):
     table:str|None = option(None, 'which table; groups: the numbers of groups of section 8', choices=('1', '3', '4', '5', '6', 'groups'))
     figure:str|None = option(None, 'which figure; figure 5 is drawn by 14d_stability', choices=('1', '4'))
     full:bool = option(False, 'train on 2,500 digits of MNIST with five seeds and measure speed; needs a GPU')
-    seeds:int|None = option(None, 'how many seeds; none: 2, or 5 with --full', lo=1)
-    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, or 8 with --full', lo=0)
+    small:bool = option(False, 'train on 1,000 digits of MNIST with three seeds, on the CPU; a quarter of an hour on two cores')
+    seeds:int|None = option(None, 'how many seeds; none: 2, 3 with --small, 5 with --full', lo=1)
+    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, 2 with --small, 8 with --full', lo=0)
     out:str = option('ablation', 'folder of the results and of the finished runs')
 
     def problems(self):
+        if self.full and self.small: return ['--full and --small exclude each other']
         return ['--full needs a GPU, and there is none'] if self.full and not torch.cuda.is_available() else []
+
+    @property
+    def study(self): return 'full' if self.full else 'small' if self.small else 'reduced'
 
     def wishes(self)->list[str]: # as `lessons_of` takes them
         "What is to be made: what was asked for, or everything."
@@ -576,13 +588,13 @@ def ablate(
     cfg:AblateConfig, # what to make
 )->dict: # its name → rows
     "Learn, measure, count; write CSV and PNG, each whole or not at all. Raises `UserError`."
-    study, out = 'full' if cfg.full else 'reduced', Path(cfg.out)
+    study, out = cfg.study, Path(cfg.out)
+    seeds, jobs = dict(reduced=(2, 0), small=(3, 2), full=(5, 8))[study]
     out.mkdir(parents=True, exist_ok=True)
     lessons = list(dict.fromkeys(k for w in cfg.wishes() for k in lessons_of(w)))
-    todo = wanted(study, lessons, cfg.seeds or (5 if cfg.full else 2), read_runs(out))
-    jobs = cfg.jobs if cfg.jobs is not None else 8*cfg.full
+    todo = wanted(study, lessons, cfg.seeds or seeds, read_runs(out))
     if todo: image_folder(STUDIES[study].images)                   # before several processes want it
-    lab, made = Lab(study, out, learn_all(todo, out, jobs), measure=cfg.full), {}
+    lab, made = Lab(study, out, learn_all(todo, out, jobs if cfg.jobs is None else cfg.jobs), measure=cfg.full), {}
     for what in cfg.wishes():
         made[what] = rows = table(what, lab)
         name = what.replace(' ', '-') if ' ' in what else f'table-{what}'
