@@ -15,7 +15,7 @@ def readme()->str:
     for c in nb.cells:
         if c.cell_type == 'code': c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     body, _ = MarkdownExporter().from_notebook_node(nb)
-    body = re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', body)      # links between notebooks, seen from the root
+    body = re.sub(r'\]\((\d\d\w+\.ipynb)\)', r'](nbs/\1)', body)      # links between notebooks, seen from the root
     body = '\n'.join(line.rstrip() for line in body.splitlines())
     body = re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
     return '<!-- Made from nbs/index.ipynb by .ci/readme.py. Edit the notebook. -->\n\n' + body

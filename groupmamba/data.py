@@ -7,14 +7,14 @@ __all__ = ['N_DIGITS', 'KINDS', 'IMAGE_EXTENSIONS', 'SPLITS', 'TEXT', 'POLICY', 
            'has_type', 'field_problem', 'Options', 'DataOptions', 'ImageOptions', 'cache_dir', 'stable_hash',
            'split_indices', 'write_digits', 'digits_folder', 'to_rgb', 'kind_of', 'BadImage', 'why_bad', 'decode_image',
            'read_image', 'ImageReader', 'check_classes', 'FolderReader', 'image_files', 'class_folders', 'scan_folder',
-           'tar_members', 'whole_file', 'index_tar', 'TarReader', 'tar_parts', 'tar_reader', 'sample_key',
+           'tar_members', 'replacing', 'sync_folder', 'index_tar', 'TarReader', 'tar_parts', 'tar_reader', 'sample_key',
            'shard_samples', 'shard_reader', 'expand_braces', 'split_files', 'shard_parts', 'hf_columns', 'HfReader',
            'hf_reader', 'hf_parts', 'tars_in', 'open_all', 'data_parts', 'open_val', 'open_data', 'sample_keys',
-           'write_shard', 'write_shards', 'shard_plan', 'folder_to_shards', 'write_table', 'read_table', 'BadFiles',
-           'read_sample', 'check_images', 'posterize', 'mend_posterize', 'make_transform', 'seeded', 'ImageData',
-           'make_dataset', 'make_mixup', 'mix', 'EpochSampler', 'collate', 'ImageLoader', 'make_loader', 'set_epoch',
-           'grain', 'draw_picture', 'DrawnClass', 'draw_imagenet_like', 'measure_loader', 'tool_cli', 'shards_cli',
-           'draw_cli']
+           'write_shard', 'write_shards', 'shard_plan', 'folder_to_shards', 'write_table', 'read_table', 'from_all',
+           'BadFiles', 'read_sample', 'check_images', 'posterize', 'mend_posterize', 'make_transform', 'seeded',
+           'ImageData', 'make_dataset', 'make_mixup', 'mix', 'EpochSampler', 'collate', 'ImageLoader', 'make_loader',
+           'set_epoch', 'grain', 'draw_picture', 'DrawnClass', 'draw_imagenet_like', 'measure_loader', 'tool_cli',
+           'shards_cli', 'draw_cli']
 
 # %% ../nbs/09_data.ipynb #98b5e712
 import argparse, copy, csv, glob, hashlib, io, itertools, json, math, os, random, re, tarfile, tempfile, time
@@ -273,6 +273,7 @@ class ImageReader(Reader):
         self.root, self.targets, self.classes = root, np.asarray(targets, dtype=np.int64), list(classes)
         self.class_to_idx = {c: i for i, c in enumerate(self.classes)}
     def __len__(self): return len(self.targets)
+    def check(self, i, image, target): return target # what an image is for, once it is decoded; other tasks look whether the two fit
 
     def with_classes(self, classes:list[str]|None): # the wanted numbering; none: as it is
         "The same images, their classes numbered as in `classes`. Raises `UserError` for a class that is not in it."
@@ -363,16 +364,31 @@ def tar_members(tar:tarfile.TarFile, # open for random access
 
 # %% ../nbs/09_data.ipynb #2c2b568c
 @contextmanager
-def whole_file(path:Path, # replaced when all is written
-               mode:str='wb', # 'wb' or 'w'
-               **options, # of `open`
-               ): # a `with` block that gives an open file
-    "Writes under a temporary name of its own, then renames: readers and other writers never see a half-written file."
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{random.SystemRandom().getrandbits(32):08x}.tmp')
+def replacing(path:Path, # the file to write
+              shared:bool=False, # may another process be writing it at this moment? Each then has a temporary name of its own
+              ): # a `with` block that gives a temporary path
+    "The file is either whole or as it was. Raises `UserError` if the disk refuses."
+    mine = f'.{os.getpid()}.{random.SystemRandom().getrandbits(32):08x}' if shared else ''
+    temporary = path.with_name(f'.{path.name}{mine}.tmp')
     try:
-        with open(temporary, mode, **options) as f: yield f
+        temporary.unlink(missing_ok=True) # left behind by a process that was killed
+        yield temporary
+        with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as e:
+        refused = e if isinstance(e, OSError) else e.__context__ # torch.save wraps it
+        if not isinstance(refused, OSError): raise
+        raise UserError(f'cannot write {path}: {refused.strerror or refused}') from e
+    finally:
+        with suppress(OSError): temporary.unlink() # half-written; or it was a link to the very same file, and renaming that does nothing
+
+def sync_folder(folder:Path): # whose entries have changed
+    "Pushes a rename to the disk, where the system can (Windows cannot open a folder)."
+    if os.name == 'nt': return
+    handle = os.open(folder, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 # %% ../nbs/09_data.ipynb #849f88f9
 def index_tar(path, # a .tar, not compressed
@@ -387,9 +403,9 @@ def index_tar(path, # a .tar, not compressed
     except (OSError, tarfile.TarError, EOFError) as e: raise UserError(f'cannot read {path}: {e.strerror if isinstance(e, OSError) and e.strerror else e}') from e
     width = max((len(r[0]) for r in rows), default=1)
     index = np.array(rows, dtype=[('name', f'S{width}'), ('offset', 'i8'), ('size', 'i8'), ('number', 'i8')])
-    with suppress(OSError): # a cache that cannot be written costs time, nothing else
+    with suppress(OSError, UserError): # a cache that cannot be written costs time, nothing else
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(kept) as f: np.save(f, index)
+        with replacing(kept, shared=True) as temporary, open(temporary, 'wb') as f: np.save(f, index)
     return index
 
 # %% ../nbs/09_data.ipynb #61bb705d
@@ -661,7 +677,7 @@ def write_shard(path:Path, # written as a whole
                 samples:list[tuple], # (index, key, extension) of each
                 ): # a tar with two members per sample
     "One shard. The bytes of a picture are copied as they are, readable or not."
-    with whole_file(path) as f, tarfile.open(fileobj=f, mode='w') as tar:
+    with replacing(path, shared=True) as temporary, tarfile.open(temporary, mode='w') as tar:
         for i, key, extension in samples:
             file, target = reader[i]
             with file: data = file.read()
@@ -716,11 +732,11 @@ def folder_to_shards(folder, # image folder, or anything `data_parts` understand
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         if not (unfinished/'.plan').is_file():
-            with whole_file(unfinished/'.plan', 'w') as f: f.write(mark)
+            with replacing(unfinished/'.plan', shared=True) as temporary: temporary.write_text(mark)
         if (unfinished/'.plan').read_text() != mark: raise UserError(f'{unfinished} holds pieces of other shards: delete it and try again')
         write_shards(unfinished, plan, threads)
-        with whole_file(unfinished/'classes.txt', 'w', encoding='utf-8') as f: f.write('\n'.join(classes) + '\n')
-        with whole_file(unfinished/'_info.json', 'w', encoding='utf-8') as f: json.dump(info, f)
+        for name, text in (('classes.txt', '\n'.join(classes) + '\n'), ('_info.json', json.dumps(info))):
+            with replacing(unfinished/name, shared=True) as temporary: temporary.write_text(text, encoding='utf-8', newline='\n')
         for left in unfinished.glob('.*.tmp'): left.unlink() # of a process that was killed
         os.rename(unfinished, out)
     except OSError as e: raise UserError(f'cannot write {out}: {e.strerror or e}') from e
@@ -732,14 +748,21 @@ TEXT = dict(newline='', encoding='utf-8', errors='surrogateescape') # of a CSV f
 def write_table(path:Path, # replaced as a whole
                 rows:list[tuple]): # the first one names the columns
     "A CSV file. Raises `UserError` if the disk refuses."
-    try:
-        with whole_file(path, 'w', **TEXT) as f: csv.writer(f).writerows(rows)
-    except OSError as e: raise UserError(f'cannot write {path}: {e.strerror or e}') from e
+    with replacing(path) as temporary, open(temporary, 'w', **TEXT) as f: csv.writer(f).writerows(rows)
 
 def read_table(path:Path)->list[list[str]]: # rows, the first one names the columns; none if there is no file
     "A CSV file."
     if not path.is_file(): return []
     with open(path, **TEXT) as f: return list(csv.reader(f))
+
+# %% ../nbs/09_data.ipynb #7c1d52e2
+def from_all(mine, # anything that can be pickled
+             )->list: # one of each process, in the order of their ranks
+    "What all processes have. All must call it; alone, one has only one's own."
+    if not (dist.is_available() and dist.is_initialized()): return [mine]
+    found = [None]*dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 # %% ../nbs/09_data.ipynb #d68ecebf
 class BadFiles:
@@ -771,10 +794,7 @@ class BadFiles:
 
     def gather(self):
         "With several processes each keeps a book of its own; this makes them equal. All must call it; alone there is nothing to do."
-        if not (dist.is_available() and dist.is_initialized()): return
-        books = [None]*dist.get_world_size()
-        dist.all_gather_object(books, self.notes())
-        for notes in books: self.add(notes)
+        for notes in from_all(self.notes()): self.add(notes)
     def write(self, folder): # of the run
         "Writes each table that has rows, as a whole. Raises `UserError` if the disk refuses."
         for what, (file, column) in self.tables.items():
@@ -791,7 +811,7 @@ def read_sample(reader:ImageReader, # any source
     name = reader.filename(i, absolute=True)
     file, target = reader[i]
     with file: image, kind = decode_image(file, name)
-    return image, target, kind
+    return image, reader.check(i, image, target), kind
 
 def check_images(*readers, # `ImageReader`s
                  threads:int=4, # that decode at the same time
@@ -868,16 +888,18 @@ class ImageData(Dataset):
     def __len__(self): return len(self.reader)
     def picture(self, i:int)->Image.Image: # RGB, not transformed; raises `BadImage`
         return read_sample(self.reader, i)[0]
+    def view(self, image, target)->tuple: # what the model sees of them; other tasks change both
+        return self.transform(image), target
 
     def fetch(self, i:int)->tuple: # image or none, class number, notes for `BadFiles`
         "Image `i`, or the one that stands in for it. Never raises `BadImage`: this runs in workers, and the notes come out."
         notes = []
-        for j in range(i, i + (min(ATTEMPTS, len(self)) if self.on_bad == 'replace' else 1)):
-            j %= len(self)
+        for j in range(i, i + (min(ATTEMPTS, len(self.reader)) if self.on_bad == 'replace' else 1)):
+            j %= len(self.reader)
             try: image, target, kind = read_sample(self.reader, j)
             except BadImage as e: notes.append(('skipped', self.reader.filename(j, absolute=True), e.reason)); continue
             if kind: notes.append(('converted', self.reader.filename(j, absolute=True), kind))
-            with seeded(stable_hash(self.seed, self.epoch, i)): return self.transform(image), target, notes
+            with seeded(stable_hash(self.seed, self.epoch, i)): return *self.view(image, target), notes
         return None, -1, notes
 
     def __getitems__(self, indices:list[int])->list[tuple]: # what a loader's workers fetch and `collate` packs
@@ -1027,6 +1049,7 @@ class DrawnClass(Dataset):
             draw_picture(rng, np.random.default_rng(stable_hash(self.seed, c)), size).save(where/f'{part}_{c:04d}_{k:05d}.JPEG', quality=92)
         return self.counts[part][1]
 
+# %% ../nbs/09_data.ipynb #7c1d52e4
 def draw_imagenet_like(folder, # does not exist yet
                        classes:int=1000, # how many
                        per_class:int=20, # training pictures of each

@@ -75,6 +75,11 @@ def _tile(channels, n_c, n_w, n_r, rows, TW: tl.constexpr, CB: tl.constexpr):
     return c, c < channels, pid//n_c % n_w*TW + tl.arange(0, TW), pid//(n_c*n_w) % n_r*rows, (pid//(n_c*n_w*n_r)).to(tl.int64)
 
 @triton.jit
+def _parameter(c, in_c, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    "Which parameter belongs to channel c of a map whose groups of UNIT channels stand WIDE apart, and whether there is one."
+    return c//WIDE*UNIT + c % WIDE, in_c & (c % WIDE < UNIT)
+
+@triton.jit
 def _nine(weight, c, in_c, FLIP: tl.constexpr, ST: tl.constexpr):
     "The nine taps of channels c, row by row; from the last to the first if FLIP."
     s: tl.constexpr = -1 if FLIP else 1
@@ -84,90 +89,114 @@ def _nine(weight, c, in_c, FLIP: tl.constexpr, ST: tl.constexpr):
             tl.load(k + 6*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 7*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 8*s, mask=in_c, other=0).to(ST)[None])
 
 @triton.jit
-def _row(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
+def _row(x, r, w, c, H, W, sh, sw, in_c):
     "Row r of a map at columns w - 1, w and w + 1: three tiles, zeros outside the map."
     row, in_r = x + r*sh, (w*0 + r >= 0) & (w*0 + r < H)
-    left = tl.load(row + ((w[:,None] - 1)*sw + c[None]), mask=in_c[None] & (in_r & (w >= 1) & (w <= W))[:,None], other=0).to(ST)
-    here = tl.load(row + (w[:,None]*sw + c[None]), mask=in_c[None] & (in_r & (w < W))[:,None], other=0).to(ST)
-    right = tl.load(row + ((w[:,None] + 1)*sw + c[None]), mask=in_c[None] & (in_r & (w < W - 1))[:,None], other=0).to(ST)
+    left = tl.load(row + ((w[:,None] - 1)*sw + c[None]), mask=in_c[None] & (in_r & (w >= 1) & (w <= W))[:,None], other=0)
+    here = tl.load(row + (w[:,None]*sw + c[None]), mask=in_c[None] & (in_r & (w < W))[:,None], other=0)
+    right = tl.load(row + ((w[:,None] + 1)*sw + c[None]), mask=in_c[None] & (in_r & (w < W - 1))[:,None], other=0)
     return left, here, right
+
+@triton.jit
+def _row_as(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
+    "The same in the dtype of the sums."
+    left, here, right = _row(x, r, w, c, H, W, sh, sw, in_c)
+    return left.to(ST), here.to(ST), right.to(ST)
 
 # %% ../nbs/02b_fused.ipynb #c293bc68
 @triton.jit
-def _phi(x):
+def _exp2(x, FAST: tl.constexpr):
+    if FAST: return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return tl.exp2(x)
+
+@triton.jit
+def _recip(x, FAST: tl.constexpr):
+    if FAST: return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return 1/x
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr): return _recip(1 + _exp2(x*-1.4426950408889634, FAST), FAST)
+
+@triton.jit
+def _phi(x, FAST: tl.constexpr):
     "Φ(x), and exp(-x²/2). Abramowitz & Stegun 7.1.26 in float32, erf in float64."
-    e = tl.exp(-0.5*x*x)
+    e = _exp2(x*x*-0.7213475204444817, FAST)
     if x.dtype == tl.float64: p = 0.5*(1 + tl.erf(x*0.7071067811865476))
     else:
-        t = 1/(1 + 0.23164189*tl.abs(x))
+        t = _recip(1 + 0.23164189*tl.abs(x), FAST)
         p = t*e*(0.127414796 + t*(-0.142248368 + t*(0.7107068705 + t*(-0.7265760135 + t*0.5307027145))))
         p = tl.where(x >= 0, 1 - p, p)
     return p, e
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
-    if ACT == 'silu': x = x*tl.sigmoid(x)
-    if ACT == 'gelu': x = x*_phi(x)[0]
+def _act(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    if ACT == 'silu': x = x*_sigmoid(x, FAST)
+    if ACT == 'gelu': x = x*_phi(x, FAST)[0]
     return x
 
 @triton.jit
-def _act_grad(x, ACT: tl.constexpr):
+def _act_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
     "The derivative of `_act` at x."
     if ACT == 'gelu':
-        p, e = _phi(x)
+        p, e = _phi(x, FAST)
         y = p + x*0.3989422804014327*e
     else:
-        s = tl.sigmoid(x)
+        s = _sigmoid(x, FAST)
         y = s*(1 + x*(1 - s))
     return y
 
 # %% ../nbs/02b_fused.ipynb #56c1b892
 @triton.jit
 def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, ST: tl.constexpr):
+    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
     c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, c, in_c, FLIP, ST)
+    p, in_p = _parameter(c, in_c, UNIT, WIDE)
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, FLIP, ST)
     start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + c, mask=in_c, other=0).to(ST)[None]
+    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     x += b*sb; y += b*yb
-    left, here, right = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
+    left, here, right = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
     above = start + k0*left + k1*here + k2*right
-    left, here, right = _row(x, r0, w, c, H, W, sh, sw, in_c, ST)
+    left, here, right = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
     now = start + k0*left + k1*here + k2*right
     above += k3*left + k4*here + k5*right
+    next_left, next_here, next_right = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
     for r in range(r0, min(r0 + rows, H)):
-        left, here, right = _row(x, r + 1, w, c, H, W, sh, sw, in_c, ST)
+        left, here, right = next_left.to(ST), next_here.to(ST), next_right.to(ST)
+        next_left, next_here, next_right = _row(x, r + 2, w, c, H, W, sh, sw, in_c)       # under way while this row is worked on
         out = above + k6*left + k7*here + k8*right
         above = now + k3*left + k4*here + k5*right
         now = start + k0*left + k1*here + k2*right
-        tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
+        tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT, FAST).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
 
 # %% ../nbs/02b_fused.ipynb #c6964398
 def _conv_plan(h, w, c, backward):
     "(columns, channels, rows, warps) of a program."
-    if backward: cols, chans, rows = (16, 16, h) if w <= 14 else (8, 32, h)
-    else: cols, chans, rows = (4, 128, 28) if c >= 128 else (8, 64, 28)
-    return min(cols, triton.next_power_of_2(w)), min(chans, triton.next_power_of_2(c)), min(rows, h), 4
+    if backward: cols, chans, rows, warps = (4, 32, h, 1) if w <= 14 else (4, 64, h, 2)
+    else: cols, chans, rows, warps = (4, 128, 28, 4) if c >= 128 and w > 14 else (8, 64, 28, 4)
+    return min(cols, triton.next_power_of_2(w)), min(chans, triton.next_power_of_2(c)), min(rows, h), warps
 
 def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
     return x if x.stride(3)==1 or x.shape[3]==1 else x.contiguous()
 
+def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
+
 def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
 
 def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
-def _conv_launch(x, backward):
-    "(programs, blocks of channels, columns and rows with the rows in each, meta)."
+def _conv_launch(x, backward, unit=None):
+    "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
     b, h, w, c = x.shape
     cols, chans, rows, warps = _conv_plan(h, w, c, backward)
     blocks = -(-c//chans), -(-w//cols), -(-h//rows)
-    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, ST=_tl(_state_dtype(x)), num_warps=warps)
+    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, FAST=_fast(x), ST=_tl(_state_dtype(x)), num_warps=warps)
 
-def _conv(x, weight, bias, act, out=None, flip=False):
+def _conv(x, weight, bias, act, out=None, flip=False, unit=None):
     "act(conv(x) + bias), written to `out` if given. x has its channels side by side."
     y = _new(x) if out is None else out
-    n, blocks, meta = _conv_launch(x, False)
+    n, blocks, meta = _conv_launch(x, False, unit)
     with _on(x): _dwconv_forward[(n,)](x, weight.contiguous(), bias, y, *x.shape[1:], *x.stride()[:3], *y.stride()[:3], *blocks,
                                        ACT=act, FLIP=flip, HAS_BIAS=bias is not None, **meta)
     return y
@@ -175,25 +204,29 @@ def _conv(x, weight, bias, act, out=None, flip=False):
 # %% ../nbs/02b_fused.ipynb #91bef9ef
 @triton.jit
 def _dwconv_backward(dy, x, weight, bias, ds, y, share, H, W, channels, gb, gh, gw, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, ST: tl.constexpr):
+    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
     "ds = dy·act'(s), a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y."
     c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, c, in_c, False, ST)
+    p, in_p = _parameter(c, in_c, UNIT, WIDE)
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, False, ST)
     start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + c, mask=in_c, other=0).to(ST)[None]
+    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
     dy += b*gb; x += b*sb; y += b*yb; ds += b*yb
     d0 = tl.zeros((TW, CB), ST); d1 = d0; d2 = d0; d3 = d0; d4 = d0; d5 = d0; d6 = d0; d7 = d0; d8 = d0; d9 = d0
-    a0, a1, a2 = _row(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
-    b0, b1, b2 = _row(x, r0, w, c, H, W, sh, sw, in_c, ST)
+    a0, a1, a2 = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
+    b0, b1, b2 = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
     ok = in_c[None] & (w < W)[:,None]
+    n0, n1, n2 = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
+    next_g = tl.load(dy + r0*gh + (w[:,None]*gw + c[None]), mask=ok, other=0)
     for r in range(r0, min(r0 + rows, H)):
-        c0, c1, c2 = _row(x, r + 1, w, c, H, W, sh, sw, in_c, ST)
-        g = tl.load(dy + r*gh + (w[:,None]*gw + c[None]), mask=ok, other=0).to(ST)
+        c0, c1, c2, g = n0.to(ST), n1.to(ST), n2.to(ST), next_g.to(ST)
+        n0, n1, n2 = _row(x, r + 2, w, c, H, W, sh, sw, in_c)                              # under way while this row is worked on
+        next_g = tl.load(dy + (r + 1)*gh + (w[:,None]*gw + c[None]), mask=ok & (r + 1 < H), other=0)
         if ACT != 'none':
             at = r*yh + (w[:,None]*yw + c[None])
             s = start + k0*a0 + k1*a1 + k2*a2 + k3*b0 + k4*b1 + k5*b2 + k6*c0 + k7*c1 + k8*c2
-            if SAVE_Y: tl.store(y + at, _act(s, ACT).to(y.dtype.element_ty), mask=ok)
-            g *= _act_grad(s, ACT)
+            if SAVE_Y: tl.store(y + at, _act(s, ACT, FAST).to(y.dtype.element_ty), mask=ok)
+            g *= _act_grad(s, ACT, FAST)
             tl.store(ds + at, g.to(ds.dtype.element_ty), mask=ok)
         d0 += g*a0; d1 += g*a1; d2 += g*a2; d3 += g*b0; d4 += g*b1; d5 += g*b2; d6 += g*c0; d7 += g*c1; d8 += g*c2; d9 += g
         a0 = b0; a1 = b1; a2 = b2; b0 = c0; b1 = c1; b2 = c2
@@ -214,24 +247,30 @@ def _grad_of(p, g):
     "`g` in the shape and dtype of the parameter `p`, contiguous, in memory of its own."
     return g.reshape(p.shape).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
-def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False):
-    "Gradients of x (written to `out` if given), weight and bias (empty if there is none), and the activation itself if `save_y`."
+def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
+    "Gradient of x (written to `out` if given), those of taps and bias side by side (10, channels), and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
-    n, blocks, meta = _conv_launch(x, True)
+    n, blocks, meta = _conv_launch(x, True, unit)
     ds = dy if act=='none' else _new(x)
     y = _new(x) if save_y else ds
     share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
     with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, ds, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *ds.stride()[:3], *blocks,
                                         ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
-    dx, share = _conv(ds, weight, None, 'none', out, flip=True), share.sum(0)
-    return dx, _grad_of(weight, share[:9].t()), x.new_empty(0) if bias is None else _grad_of(bias, share[9]), y
+    return _conv(ds, weight, None, 'none', out, True, unit), share.sum(0), y
+
+def _tap_grads(share, weight, bias, unit=None):
+    "Gradients of weight and bias from what `_conv_backward` sums up, (10, channels)."
+    if unit: share = share.unflatten(1, (4, -1))[...,:unit].flatten(1)
+    return _grad_of(weight, share[:9].t()), weight.new_empty(0) if bias is None else _grad_of(bias, share[9])
 
 # %% ../nbs/02b_fused.ipynb #46db3115
 @torch.library.custom_op('groupmamba::dwconv', mutates_args=(), schema='(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor')
 def _dwconv_op(x, weight, bias, act): return _conv(_side_by_side(x), weight, bias, act)
 
 @torch.library.custom_op('groupmamba::dwconv_backward', mutates_args=(), schema='(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str act) -> (Tensor, Tensor, Tensor)')
-def _dwconv_backward_op(dy, x, weight, bias, act): return _conv_backward(_side_by_side(dy), _side_by_side(x), weight, bias, act)[:3]
+def _dwconv_backward_op(dy, x, weight, bias, act):
+    dx, share, _ = _conv_backward(_side_by_side(dy), _side_by_side(x), weight, bias, act)
+    return dx, *_tap_grads(share, weight, bias)
 
 @_dwconv_op.register_fake
 def _(x, weight, bias, act): return _new(x)
@@ -307,9 +346,9 @@ def _conv_gelu_linear_backward_op(dy, h, conv_weight, conv_bias, weight, bias):
     "Gradients of all five inputs; the activation is made again."
     with _no_autocast(h):
         dy = dy.contiguous()
-        dh, dk, db, a = _conv_backward(dy @ weight.to(dy.dtype), _side_by_side(h), conv_weight, conv_bias, 'gelu', save_y=True)
+        dh, share, a = _conv_backward(dy @ weight.to(dy.dtype), _side_by_side(h), conv_weight, conv_bias, 'gelu', save_y=True)
         rows = dy.flatten(0, 2)
-        return dh, dk, db, _grad_of(weight, rows.t() @ a.flatten(0, 2)), _grad_of(bias, rows.sum(0, dtype=_state_dtype(h)))
+        return dh, *_tap_grads(share, conv_weight, conv_bias), _grad_of(weight, rows.t() @ a.flatten(0, 2)), _grad_of(bias, rows.sum(0, dtype=_state_dtype(h)))
 
 @_conv_gelu_linear_op.register_fake
 def _(h, conv_weight, conv_bias, weight, bias): return h.new_empty(*h.shape[:3], weight.shape[0])
@@ -368,6 +407,13 @@ def _projections(Wx, Wdt, g, c, j, in_d, unit, R: tl.constexpr, N: tl.constexpr,
     return wx, wdt
 
 @triton.jit
+def _step(x, FAST: tl.constexpr):
+    "softplus(x)."
+    if FAST: return tl.maximum(x, 0) + 0.6931471805599453*tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [1 + _exp2(tl.abs(x)*-1.4426950408889634, FAST)],
+                                                                                   dtype=tl.float32, is_pure=True, pack=1)
+    else: return _softplus(x)
+
+@triton.jit
 def _column(S, j, n): return tl.sum(tl.where(j[None] == n, S, 0.), 1)[:,None]
 
 @triton.jit
@@ -382,160 +428,250 @@ def _normalised(y, ok, unit, eps):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, eps, channels, unit,
-    G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "A program for every image and group; tiles (T steps, DB channels) one after the other."
-    L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
-    c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
-    d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
-    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
-    u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
-    h_all = tl.zeros((NP, DB), ST)
-    for k in range(K):
-        t = k*T + tt
-        p = _place(t, walk, H, W)[:,None]
-        ok = (t < L)[:,None] & in_d[None]
-        raw = tl.load(u + (p*channels + d[None]), mask=ok, other=0).to(DT)
-        S = tl.dot(raw, wx, input_precision='ieee')
-        x = raw.to(ST)
-        delta = tl.where(ok, _softplus(tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST)), 0.)
-        w, y = delta*x, _vector(D, d, in_d, ST)*x
+def _my_group(L, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.constexpr):
+    "Of this program: image, group, direction, its channels as parameters and which exist, as places in a map and which exist."
+    b, g, c = (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G, tl.arange(0, DB)
+    return b, g, (walks >> g*2) & 3, g*unit + c, c < unit, g*WIDE + c, c < WIDE
+
+@triton.jit
+def _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "u of a tile, its Δ, B and C still side by side, Δ before its softplus and after."
+    x = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
+    S = tl.dot(x, wx, input_precision='ieee')
+    raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + bias
+    return x, S, raw, tl.where(ok, _step(raw, FAST), 0.)
+
+@triton.jit
+def _tile_steps(k, L, walk, H, W, in_d, in_e, T: tl.constexpr):
+    "Places of the steps of tile k, where a step and a channel exist, and where a map has both."
+    t = k*T + tl.arange(0, T)
+    return _place(t, walk, H, W)[:,None], (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
+
+# %% ../nbs/02b_fused.ipynb #2cc22ba2
+@triton.jit
+def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "What every tile does to a state: how much of it is left, and what is added. carry: (B, K, 2, N, channels)."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias = _vector(bias, d, in_d, ST)
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        x, S, raw, delta = _selection(u + b*L*channels, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        total, w = tl.sum(delta, 0), delta*x.to(ST)
+        rest = total[None] - tl.cumsum(delta, 0)                                 # steps still to come after each
         for n in range(N):
-            a = tl.exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634))
-            decay, h = tl.associative_scan((a, w*_column(S, j, R + n).to(ST)), 0, _after)
-            h0 = tl.sum(tl.where(n_idx[:,None] == n, h_all, 0.), 0)
-            tl.store(borders + ((b*K + k)*N + n)*channels + d, h0, mask=in_d)
-            h += decay*h0[None]
-            h_all = tl.where(n_idx[:,None] == n, tl.sum(tl.where(tt[:,None] == T - 1, h, 0.), 0)[None], h_all)
-            y += _column(S, j, R + N + n).to(ST)*h
-        y, _rstd = _normalised(y, ok, unit, eps)
-        z = tl.load(zx + (p*(2*channels) + d[None]), mask=ok, other=0).to(ST)
-        y = (y*_vector(gain, d, in_d, ST) + _vector(shift, d, in_d, ST))*z*tl.sigmoid(z)
-        tl.store(v + (p*channels + d[None]), y.to(v.dtype.element_ty), mask=ok)
+            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            at = carry + ((b*K + k)*2*N + n)*channels + e
+            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
+            tl.store(at + N*channels, tl.sum(_exp2(rest*An, FAST)*w*_column(S, j, R + n).to(ST), 0), mask=in_d)
+
+@triton.jit
+def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, REVERSE: tl.constexpr, ST: tl.constexpr):
+    "The state that enters every tile, from what tiles do to states; from the last tile to the first if REVERSE. borders: (B, K, N, channels)."
+    b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, i = tl.program_id(2)*CB + tl.arange(0, CB), tl.arange(0, KB)
+    in_c, before = c < channels, tl.zeros((CB,), ST)
+    for k0 in range(0, K, KB):
+        k = k0 + i
+        tile = tl.where(k < K, K - 1 - k if REVERSE else k, 0)
+        mask, at = (k < K)[:,None] & in_c[None], ((b*K + tile)*2*N + n)[:,None]*channels + c[None]
+        a, h = tl.associative_scan((tl.load(carry + at, mask=mask, other=1), tl.load(carry + at + N*channels, mask=mask, other=0)), 0, _after)
+        h += a*before[None]                                                     # after each tile
+        out = borders + ((b*K + tile)*N + n)[:,None]*channels + c[None]
+        step = -1 if REVERSE else 1
+        tl.store(out + step*N*channels, h, mask=mask & (k < K - 1)[:,None])
+        tl.store(out, tl.zeros((KB, CB), ST), mask=mask & (k == 0)[:,None])
+        before = tl.sum(tl.where((i == KB - 1)[:,None], h, 0.), 0)
+
+# %% ../nbs/02b_fused.ipynb #2cc22ba3
+@triton.jit
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "v of `per` tiles of an image and group, from the state that enters each."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
+    u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        z = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
+        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = x.to(ST)
+        w, y = delta*x, Db*x
+        for n in range(N):
+            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
+        y = _normalised(y, ok, unit, eps)[0]
+        tl.store(v + (p*channels + e[None]), ((y*ga + sh)*z*_sigmoid(z, FAST)).to(v.dtype.element_ty), mask=there)
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
-    "(steps, warps) of a tile for groups of `unit` channels."
-    return (64, 2) if unit <= 16 else (32, 2) if unit <= 32 else (16, 4)
+    "Steps of a tile, and warps of `_gated_carry`, `_gated_forward`, `_gated_middle` and `_gated_backward`."
+    return (32, 1, 1, 1, 1) if unit <= 16 else (16, 1, 1, 1, 1) if unit <= 32 else (16, 2, 2, 4, 4)
+
+def _per(tiles): return -(-tiles//max(1, tiles//8))     # tiles a program: about eight
 
 def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, eps, walks):
-    "(programs, scalars, meta, tiles) that both directions of time share."
+def _gated_launch(u, A, dt_weight, walks):
+    "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share, and the warps of each."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
-    unit = d//len(walks)
-    steps, warps = _scan_plan(unit)
+    unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
+    steps, *warps = _scan_plan(wide)
     k = -(-(h*w)//steps)
-    meta = dict(G=len(walks), R=r, N=n, NP=triton.next_power_of_2(n), RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(unit)),
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps)   # Triton's interpreter knows no bfloat16 products
-    return b*len(walks), (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, eps, d, unit), meta, k
+    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
+                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
+
+def _border_states(carry, reverse=False):
+    "(B, K, N, D) from (B, K, 2, N, D)."
+    b, k, _, n, d = carry.shape
+    borders, cb = carry.new_empty(b, k, n, d), min(64, triton.next_power_of_2(d))
+    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, triton.next_power_of_2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
+    return borders
 
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
-    n, scalars, meta, k = _gated_launch(u, A, dt_weight, eps, walks)
-    v, borders = _new(u), u.new_empty(len(u), k, A.shape[1], u.shape[3], dtype=_state_dtype(u))
-    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    with _on(u): _gated_forward[(n,)](u, zx, *params, v, borders, *scalars, **meta)
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+    v, carry = _new(u), u.new_empty(len(u), k, 2, A.shape[1], u.shape[3], dtype=_state_dtype(u))
+    x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
+    with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta, num_warps=warps[0])
+    borders = _border_states(carry)
+    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, borders, *scalars, eps, unit, **meta, num_warps=warps[1])
     return v, borders
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
 @triton.jit
-def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit):
+def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
     "Gradients of z, of the LayerNorm's output, and of its input, from g, that of v."
-    s = tl.sigmoid(zz)
+    s = _sigmoid(zz, FAST)
     dz = (y*gain + shift)*g*s*(1 + zz*(1 - s))
     dout = g*zz*s
     g = dout*gain
     return dz, dout, rstd*(g - (tl.sum(g, 1)/unit)[:,None] - y*(tl.sum(g*y, 1)/unit)[:,None])
 
 @triton.jit
-def _state_back(a, w, h, gy, C, s_all, n_idx, n, tt):
-    "q of state n, from the gradient gy of y; the states' gradient s_all is carried to the tile before."
-    decay, q, _a = tl.associative_scan((tl.full(a.shape, 1, a.dtype), gy*C, a), 0, _before, reverse=True)
-    q += decay*tl.sum(tl.where(n_idx[:,None] == n, s_all, 0.), 0)[None]
-    return q, tl.where(n_idx[:,None] == n, tl.sum(tl.where(tt[:,None] == 0, a*q, 0.), 0)[None], s_all)
-
-@triton.jit
-def _states(a, w, borders, d, in_d):
+def _states(a, w, borders, e, in_d):
     "States of a tile from the one that enters it."
     decay, h = tl.associative_scan((a, w), 0, _after)
-    return h + decay*tl.load(borders + d, mask=in_d, other=0)[None]
+    return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
+
+@triton.jit
+def _states_back(a, g, borders, e, in_d):
+    "The states' gradients from those of y times C, and from the one that enters the tile from behind."
+    decay, q, _a = tl.associative_scan((tl.full(a.shape, 1, a.dtype), g, a), 0, _before, reverse=True)
+    return q + decay*tl.load(borders + e, mask=in_d, other=0)[None]
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, du, dzx, dWx, dWdt, dA, small, H, W, walks, K, eps, channels, unit,
-    G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "The tiles backwards. small: shares of the gradients of D, bias, gain and shift."
-    L, b, g = H*W, (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G
-    c, n_idx, tt, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, T), tl.arange(0, RP)
-    d, in_d, walk = g*unit + c, c < unit, (walks >> g*2) & 3
-    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
-    Db, ga, sh = _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
-    dv += b*L*channels; u += b*L*channels; du += b*L*channels
-    zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
-    s_all = tl.zeros((NP, DB), ST); dA_all = tl.zeros((NP, DB), ST)
-    dD = tl.zeros((DB,), ST); dbias = dD; dgain = dD; dshift = dD
-    dwx = tl.zeros((DB, RP), ST); dwdt = tl.zeros((RP, DB), ST)
-    for i in range(K):
-        k = K - 1 - i
-        t = k*T + tt
-        p = _place(t, walk, H, W)[:,None]
-        ok = (t < L)[:,None] & in_d[None]
-        ur = tl.load(u + (p*channels + d[None]), mask=ok, other=0).to(DT)
-        S, x = tl.dot(ur, wx, input_precision='ieee'), ur.to(ST)
-        raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + _vector(bias, d, in_d, ST)
-        delta = tl.where(ok, _softplus(raw), 0.)
-        dx, y = delta*x, Db*x
-        wv, h = dx, y
+def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every tile does to a state's gradient."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    j = tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
+    dv += b*L*channels; u += b*L*channels; gy += b*L*channels; zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
+    dgain = tl.zeros((DB,), ST); dshift = dgain
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        zz = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
+        gr = tl.load(dv + (p*channels + e[None]), mask=there, other=0).to(ST)
+        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = x.to(ST)
+        w, y = delta*x, Db*x
         for n in range(N):
-            a = tl.exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634))
-            h = _states(a, wv*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, d, in_d)
-            y += _column(S, j, R + N + n).to(ST)*h
+            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
         y, rstd = _normalised(y, ok, unit, eps)
-        zz = tl.load(zx + (p*(2*channels) + d[None]), mask=ok, other=0).to(ST)
-        gr = tl.load(dv + (p*channels + d[None]), mask=ok, other=0).to(ST)
-        dz, dout, gy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit)
-        tl.store(dzx + (p*(2*channels) + d[None]), dz.to(dzx.dtype.element_ty), mask=ok)
-        gy = tl.where(ok, gy, 0.)
-        dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0); dD += tl.sum(gy*x, 0)
-        dx, dd, dS = Db*gy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST)
+        dz, dout, dy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
+        dy = tl.where(ok, dy, 0.)
+        tl.store(dzx + (p*(2*channels) + e[None]), dz.to(dzx.dtype.element_ty), mask=there)
+        tl.store(gy + (p*channels + e[None]), dy.to(gy.dtype.element_ty), mask=there)
+        dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0)
+        total, so_far = tl.sum(delta, 0), tl.cumsum(delta, 0)
+        for n in range(N):
+            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            at = carry + ((b*K + k)*2*N + n)*channels + e
+            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
+            tl.store(at + N*channels, tl.sum(_exp2(so_far*An, FAST)*dy*_column(S, j, R + N + n).to(ST), 0), mask=in_d)
+    small += (b*tl.num_programs(1) + tl.program_id(1))*2*G*unit + d
+    tl.store(small, dgain, mask=in_d); tl.store(small + G*unit, dshift, mask=in_d)
+
+# %% ../nbs/02b_fused.ipynb #d30a0ea8
+@triton.jit
+def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Back through scan and selection. back: gradients of the states that leave the tiles. small: shares of the gradients of D and bias."
+    L, channels = H*W, G*WIDE
+    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    c, n_idx, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP)
+    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+    bias, Db = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST)
+    gy += b*L*channels; u += b*L*channels; du += b*L*channels
+    dA_all, dwx, dwdt = tl.zeros((NP, DB), ST), tl.zeros((DB, RP), ST), tl.zeros((RP, DB), ST)
+    dD = tl.zeros((DB,), ST); dbias = dD
+    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
+        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
+        dy = tl.load(gy + (p*channels + e[None]), mask=there, other=0).to(ST)
+        ur, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
+        x = ur.to(ST)
+        dD += tl.sum(dy*x, 0)
+        dx, dd, dS, wv = Db*dy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST), delta*x
         for n in range(N):
             An = _vector(A + n, d*N, in_d, ST)
-            a, Bn, Cn = tl.exp2(delta*(An*1.4426950408889634)), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
-            w = wv*Bn
-            hn = h if N == 1 else _states(a, w, borders + ((b*K + k)*N + n)*channels, d, in_d)
-            q, s_all = _state_back(a, w, hn, gy, Cn, s_all, n_idx, n, tt)
-            dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(gy*hn, 1)[:,None], 0.)
-            f = q*(hn - w)                                                     # q_t a_t h_{t-1}
+            a, Bn, Cn = _exp2(delta*(An*1.4426950408889634), FAST), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
+            at, w = ((b*K + k)*N + n)*channels, wv*Bn
+            h = _states(a, w, borders + at, e, in_d)
+            q = _states_back(a, dy*Cn, back + at, e, in_d)
+            dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(dy*h, 1)[:,None], 0.)
+            f = q*(h - w)                                                       # q_t a_t h_{t-1}
             dA_all += tl.where(n_idx[:,None] == n, tl.sum(f*delta, 0)[None], 0.)
             dd += f*An + q*Bn*x
             dx += q*Bn*delta
-        dd = tl.where(ok, dd*tl.sigmoid(raw), 0.)
+        dd = tl.where(ok, dd*_sigmoid(raw, FAST), 0.)
         dbias += tl.sum(dd, 0)
         dwdt += tl.dot(tl.trans(S.to(DT)), dd.to(DT), input_precision='ieee')
         dS += tl.dot(dd.to(DT), tl.trans(wdt), input_precision='ieee')
         dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
         dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
-        tl.store(du + (p*channels + d[None]), dx.to(du.dtype.element_ty), mask=ok)
-    tl.store(dA + (b*N + n_idx[:,None])*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
-    tl.store(dWx + (b*G + g)*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
-    tl.store(dWdt + (b*G + g)*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
-    small += b*4*channels + d
-    tl.store(small, dD, mask=in_d); tl.store(small + channels, dbias, mask=in_d)
-    tl.store(small + 2*channels, dgain, mask=in_d); tl.store(small + 3*channels, dshift, mask=in_d)
+        tl.store(du + (p*channels + e[None]), dx.to(du.dtype.element_ty), mask=there)
+    channels = G*unit                                                          # x_proj, dt_weight, A, D and dt_bias, one after the other
+    shares += (b*tl.num_programs(1) + tl.program_id(1))*(channels*(2*R + 3*N + 2))
+    tl.store(shares + g*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
+    shares += channels*(R + 2*N)
+    tl.store(shares + g*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
+    shares += channels*R
+    tl.store(shares + n_idx[:,None]*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
+    shares += channels*N + d
+    tl.store(shares, dD, mask=in_d); tl.store(shares + channels, dbias, mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
-    "Gradients of u and of the parameters; that of z is written to the second half of dzx."
-    n, scalars, meta, _ = _gated_launch(u, A, dt_weight, eps, walks)
-    b, d, st = len(u), u.shape[3], _state_dtype(u)
-    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    du, dWx, dWdt, dA, small = _new(u), *(u.new_empty(b, *s, dtype=st) for s in (x_proj.shape, dt_weight.shape, A.mT.shape, (4, d)))
-    with _on(u): _gated_backward[(n,)](dv, u, zx, *params, borders, du, dzx, dWx, dWdt, dA, small, *scalars, **meta)
-    grads = dWx.sum(0), dWdt.sum(0), dA.sum(0).mT, *small.sum(0)
-    return du, *(_grad_of(p, g) for p,g in zip(params, grads))
+    "Gradients of u and, side by side in two tensors, of the parameters; that of z is written to the second half of dzx."
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+    n, r, d = A.shape[1], dt_weight.shape[1], len(A)
+    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
+    def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
+    gy, carry, norm, shares = _new(u), new(len(u), k, 2, n, u.shape[3]), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2))
+    with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
+    du = gy                                                                     # a tile of gy is read before its du takes its place
+    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=triton.next_power_of_2(n), **meta, num_warps=warps[3])
+    return du, shares.sum(0), norm.sum(0)
+
+def _gated_split(shares, norm, x_proj, dt_weight, A):
+    "Gradients of x_proj, dt_weight, A, D, dt_bias, norm_weight and norm_bias out of the two tensors of `_gated_grads`."
+    d, n = A.shape
+    parts = shares.split([x_proj.numel(), dt_weight.numel(), n*d, d, d])
+    return parts[0].view(x_proj.shape), parts[1].view(dt_weight.shape), parts[2].view(n, d).t(), *parts[3:], *norm.unbind()
 
 # %% ../nbs/02b_fused.ipynb #5547265b
 _PARAMS = 'Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, Tensor norm_weight, Tensor norm_bias, float eps, int[] walks'
@@ -553,8 +689,8 @@ def _gated_scan_backward_op(dv, zx, u, borders, conv_weight, conv_bias, x_proj, 
     "Gradients of zx and of the nine parameters."
     zx, dzx, d = zx.contiguous(), _new(zx), u.shape[3]
     du, *grads = _gated_grads(dv.contiguous(), u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx)
-    _, dk, db, _ = _conv_backward(du, zx[...,:d], conv_weight, conv_bias, 'silu', out=dzx[...,:d])
-    return dzx, dk, db, *grads
+    share = _conv_backward(du, zx[...,:d], conv_weight, conv_bias, 'silu', out=dzx[...,:d])[1]
+    return dzx, *_tap_grads(share, conv_weight, conv_bias), *(_grad_of(p, g) for p,g in zip((x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias), _gated_split(*grads, x_proj, dt_weight, A)))
 
 # %% ../nbs/02b_fused.ipynb #b2dcd83a
 @_gated_scan_op.register_fake

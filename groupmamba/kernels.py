@@ -22,20 +22,38 @@ def _after(a1, x1, a2, x2):
     return a1*a2, a2*x1 + x2
 
 # %% ../nbs/02_kernels.ipynb #a79396b6
+_LOG2E = tl.constexpr(1.4426950408889634) # exp(x) = exp2(x·log2(e)), and exp2 is what the hardware has
+_PTX = tl.constexpr(isinstance(_after, triton.JITFunction) and torch.version.hip is None) # compiled for NVIDIA, not interpreted?
+
+@triton.jit
+def _exp2(x):
+    "2**x; tiny results are 0, which spares the instructions that would keep them."
+    if _PTX and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return tl.exp2(x)
+
+@triton.jit
+def _inverse(x):
+    "1/x for x >= 1."
+    if _PTX and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else: return 1/x
+
+@triton.jit
+def _sigmoid(x): return _inverse(1 + _exp2(x*-_LOG2E))
+
+# %% ../nbs/02_kernels.ipynb #c3a1f001
 @triton.jit
 def _softplus(x):
     "max(x, 0) + log1p(w) with w = exp(-|x|)."
-    w = tl.exp(-tl.abs(x))
-    if x.dtype == tl.float64: y = tl.log(1 + w)
-    else:                                                        # 2 artanh(s): 7 terms are enough for float32, as s <= 1/3
-        s = w/(2 + w)
+    w = _exp2(tl.abs(x)*-_LOG2E)
+    if x.dtype == tl.float64: return tl.maximum(x, 0) + tl.log(1 + w)
+    else:                                                        # log1p(w) = 2 artanh(s), s <= 1/3: a polynomial in s*s, good to 1e-8
+        s = w*_inverse(2 + w)
         r = s*s
-        y = 2*s*(1 + r*(0.33333333333 + r*(0.2 + r*(0.14285714286 + r*(0.11111111111 + r*(0.090909090909 + r*0.076923076923))))))
-    return tl.maximum(x, 0) + y
+        return tl.maximum(x, 0) + s*(2. + r*(0.66666323 + r*(0.40024597 + r*(0.27965158 + r*0.28157779))))
 
 # %% ../nbs/02_kernels.ipynb #fcdf1b9d
-_LOG2E = tl.constexpr(1.4426950408889634) # exp(x) = exp2(x·log2(e)), and exp2 is what the hardware has
-
 @triton.jit
 def _my_block(channels, unit, per_unit, DB: tl.constexpr):
     "What this program works on: (sequence of the batch, block, first channel of its unit, its channels, which of them exist)."
@@ -46,61 +64,213 @@ def _my_block(channels, unit, per_unit, DB: tl.constexpr):
 
 @triton.jit
 def _load_row(ptr, d, in_d, ST: tl.constexpr):
-    "A number for each channel, (1, DB)."
-    return tl.load(ptr + d, mask=in_d, other=0).to(ST)[None]
+    "A number for each channel, as something that broadcasts to (RUNS, DB, 4)."
+    return tl.load(ptr + d, mask=in_d, other=0).to(ST)[None,:,None]
+
+# %% ../nbs/02_kernels.ipynb #4337bf21
+@triton.jit
+def _join4(x0, x1, x2, x3):
+    "Four tiles (...) as one (..., 4). Each thread keeps its own numbers: nothing moves."
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.reshape(x, x.shape[:-2] + [4])
 
 @triton.jit
-def _load_matrix(ptr, n, p, sp, sn, in_l, d, in_d, N: tl.constexpr, VARIES: tl.constexpr, ST: tl.constexpr):
-    "State n of `B` or `C`: a column (steps, 1) where it varies with time, a row (1, DB) where it is constant."
-    if VARIES: return tl.load(ptr + n*sn + p*sp, mask=in_l, other=0).to(ST)[:,None]
-    else: return _load_row(ptr + n, d*N, in_d, ST)
+def _split4(x):
+    "The way back of `_join4`."
+    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
-# %% ../nbs/02_kernels.ipynb #b7324afa
+# %% ../nbs/02_kernels.ipynb #c3a1f004
 @triton.jit
-def _load_times(ptr, d, t, sd, in_d, in_l, ST: tl.constexpr):
-    "A tile (T, DB) of something that keeps its times side by side in memory."
-    return tl.load(ptr + (d[None]*sd + t[:,None]), mask=in_l[:,None] & in_d[None], other=0).to(ST)
+def _local(a, w):
+    "A run of four steps takes the state h that enters it to P·h + S: (P, S)."
+    a0, a1, a2, a3 = _split4(a)
+    w0, w1, w2, w3 = _split4(w)
+    return (a0*a1)*(a2*a3), ((w0*a1 + w1)*a2 + w2)*a3 + w3
 
 @triton.jit
-def _store_times(ptr, x, d, t, sd, in_d, in_l):
-    tl.store(ptr + (d[None]*sd + t[:,None]), x.to(ptr.dtype.element_ty), mask=in_l[:,None] & in_d[None])
+def _global(a, w, h):
+    "The states of a run that h enters."
+    a0, a1, a2, a3 = _split4(a)
+    w0, w1, w2, w3 = _split4(w)
+    h0 = a0*h + w0
+    h1 = a1*h0 + w1
+    h2 = a2*h1 + w2
+    return _join4(h0, h1, h2, a3*h2 + w3)
+
+# %% ../nbs/02_kernels.ipynb #a2d3ba36
+@triton.jit
+def _through(q1, r1, p1, s1, q2, r2, p2, s2):
+    "Stretch 1, then stretch 2. s, p: a stretch takes h to p·h + s; q, r: its last run is entered by q·h + r."
+    return q2*p1, q2*s1 + r2, p2*p1, p2*s1 + s2
+
+# %% ../nbs/02_kernels.ipynb #c3a1f005
+_HAS_GATHER = hasattr(tl, 'gather')                              # Triton 3.2 has none
+if _HAS_GATHER:
+    @triton.jit
+    def _from_run(x, r): return tl.gather(x, r, 0)
+else:
+    @triton.jit
+    def _from_run(x, r): return x
 
 @triton.jit
-def _row(x, i, T: tl.constexpr):
-    "Row i of a tile (T, DB)."
-    return tl.sum(tl.where(tl.arange(0, T)[:,None] == i, x, 0.), 0)
+def _row(x, i, RUNS: tl.constexpr):
+    "Row i of a tile (RUNS, DB), in every row."
+    return tl.broadcast_to(tl.sum(tl.where(tl.arange(0, RUNS)[:,None] == i, x, 0.), 0)[None], x.shape)
 
-# %% ../nbs/02_kernels.ipynb #3200b369
 @triton.jit
-def _lanes_forward(u, dt, A, B, C, D, z, bias, y, last, borders, LA, K, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
-    channels, unit, per_unit, per_B, per_C, T: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
-    VAR_B: tl.constexpr, VAR_C: tl.constexpr, ST: tl.constexpr):
-    "One state, times side by side: K tiles of T steps and DB channels, one after the other."
+def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
+    """The states that enter the runs, and in every row of a tile (RUNS, DB) the one that leaves the last; h enters the first.
+    BACK: the first run is the one at the end."""
+    if RUNS == 1: return h, S + P*h
+    elif GATHER:
+        r = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
+        if BACK: P, S = _from_run(P, RUNS - 1 - r), _from_run(S, RUNS - 1 - r)
+        p, s = tl.associative_scan((P, S), 0, _after)
+        out = s + p*h                                            # what leaves the runs
+        before, first = (RUNS - 2 - r, RUNS - 1) if BACK else (r - 1, 0)
+        return tl.where(r == first, h, _from_run(out, tl.maximum(before, 0))), _from_run(out, r*0 + (RUNS - 1))
+    else:
+        q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
+        return into + q*h, _row(s + p*h, 0 if BACK else RUNS - 1, RUNS)
+
+# %% ../nbs/02_kernels.ipynb #ea3355bf
+@triton.jit
+def _places(walk, t, H, W, L, EVEN: tl.constexpr, MAP: tl.constexpr):
+    """Where steps t to t + 3 of a walk are kept; for a step past the end, where the last one is. EVEN: none is.
+    walk: 0 along rows, 1 that backwards, 2 along columns, 3 that backwards."""
+    if MAP == 2:
+        inner, step = tl.where(walk >= 2, H, L), tl.where(walk >= 2, W, 1)
+        first = t if EVEN else tl.minimum(t, L - 1)
+        r, p = first % inner, first % inner*step + first//inner
+        base, sign = tl.where(walk % 2 == 1, L - 1, 0), tl.where(walk % 2 == 1, -1, 1)
+        p0 = base + sign*p
+        step, jump = sign*step, sign*(step - L + 1)              # one step on, or from the end of a column to the next
+        p1 = p0 + tl.where(r + 1 == inner, jump, step); r = tl.where(r + 1 == inner, 0, r + 1)
+        p2 = p1 + tl.where(r + 1 == inner, jump, step); r = tl.where(r + 1 == inner, 0, r + 1)
+        p3 = p2 + tl.where(r + 1 == inner, jump, step)
+        if not EVEN: p1 = tl.where(t + 1 < L, p1, p0); p2 = tl.where(t + 2 < L, p2, p1); p3 = tl.where(t + 3 < L, p3, p2)
+        return p0, p1, p2, p3
+    elif EVEN: return t, t + 1, t + 2, t + 3
+    else: return tl.minimum(t, L - 1), tl.minimum(t + 1, L - 1), tl.minimum(t + 2, L - 1), tl.minimum(t + 3, L - 1)
+
+@triton.jit
+def _exist(x, t, L, EVEN: tl.constexpr):
+    "The tile (RUNS, DB, 4) with 0 for steps past the end."
+    if EVEN: return x
+    else: return tl.where(_join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:], x, 0.)
+
+# %% ../nbs/02_kernels.ipynb #157cce65
+@triton.jit
+def _load_row4(ptr, p, s, d, in_d, FULL: tl.constexpr):
+    "One step of every run, (RUNS, DB). FULL: all channels exist; not to ask spares a mask."
+    ptrs = ptr + (p[:,None]*s + d[None])
+    if FULL: return tl.load(ptrs)
+    else: return tl.load(ptrs, mask=in_d[None], other=0)
+
+@triton.jit
+def _read(ptr, s, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
+    "A tile (RUNS, DB, 4): four steps of RUNS runs."
+    if MAP:
+        return _join4(_load_row4(ptr, p0, s, d, in_d, FULL), _load_row4(ptr, p1, s, d, in_d, FULL),
+                      _load_row4(ptr, p2, s, d, in_d, FULL), _load_row4(ptr, p3, s, d, in_d, FULL)).to(ST)
+    else:                                                        # times side by side: a run is four neighbours
+        i = tl.min(t, 0) + tl.arange(0, 4*RUNS)
+        x = tl.load(ptr + (d[:,None]*s + i[None]), mask=in_d[:,None] & (i < L)[None], other=0).to(ST)
+        return tl.permute(tl.reshape(x, (DB, RUNS, 4)), (1, 0, 2))
+
+# %% ../nbs/02_kernels.ipynb #c3a1f006
+@triton.jit
+def _write_row(ptr, x, p, s, d, k, in_d, FULL: tl.constexpr, EVEN: tl.constexpr):
+    ptrs = ptr + (p[:,None]*s + d[None])
+    if FULL and EVEN: tl.store(ptrs, x)
+    elif FULL: tl.store(ptrs, x, mask=k[:,None])
+    elif EVEN: tl.store(ptrs, x, mask=in_d[None])
+    else: tl.store(ptrs, x, mask=k[:,None] & in_d[None])
+
+@triton.jit
+def _write(ptr, s, x, p0, p1, p2, p3, t, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, MAP: tl.constexpr):
+    "The way back of `_read`."
+    x = x.to(ptr.dtype.element_ty)
+    if MAP:
+        x0, x1, x2, x3 = _split4(x)
+        _write_row(ptr, x0, p0, s, d, t < L, in_d, FULL, EVEN); _write_row(ptr, x1, p1, s, d, t + 1 < L, in_d, FULL, EVEN)
+        _write_row(ptr, x2, p2, s, d, t + 2 < L, in_d, FULL, EVEN); _write_row(ptr, x3, p3, s, d, t + 3 < L, in_d, FULL, EVEN)
+    else:
+        i = tl.min(t, 0) + tl.arange(0, 4*RUNS)
+        tl.store(ptr + (d[:,None]*s + i[None]), tl.reshape(tl.permute(x, (1, 0, 2)), (DB, 4*RUNS)), mask=in_d[:,None] & (i < L)[None])
+
+# %% ../nbs/02_kernels.ipynb #8eb14f3c
+@triton.jit
+def _matrix(ptr, n, p0, p1, p2, p3, sp, sn, d, in_d, N: tl.constexpr, VARIES: tl.constexpr, ST: tl.constexpr):
+    "State n of `B` or `C`: (RUNS, 1, 4) where it varies with time, (1, DB, 1) where it is constant."
+    ptr += n*sn if VARIES else n
+    if VARIES: return _join4(tl.load(ptr + p0*sp), tl.load(ptr + p1*sp), tl.load(ptr + p2*sp), tl.load(ptr + p3*sp)).to(ST)[:,None,:]
+    else: return _load_row(ptr, d*N, in_d, ST)
+
+# %% ../nbs/02_kernels.ipynb #ac3517d0
+@triton.jit
+def _pick(x, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr):
+    "State n out of (NP, DB), of which N are used, in every row of a tile (RUNS, DB). For N = 1, x is that tile."
+    if N == 1: return x
+    else: return tl.broadcast_to(tl.sum(tl.where(i[:,None] == n, x, 0.), 0)[None], (RUNS, DB))
+
+@triton.jit
+def _put(x, i, n, h, N: tl.constexpr, RUNS: tl.constexpr):
+    "State n replaced by one that `_enter` made."
+    if N == 1: return h
+    else: return tl.where(i[:,None] == n, tl.sum(tl.where(tl.arange(0, RUNS)[:,None] == 0, h, 0.), 0)[None], x)
+
+@triton.jit
+def _store_state(ptr, h, d, in_d, RUNS: tl.constexpr):
+    "One row of a tile whose rows are all the same."
+    r = tl.arange(0, RUNS)[:,None]
+    tl.store(ptr + (r*0 + d[None]), h, mask=(r == 0) & in_d[None])
+
+# %% ../nbs/02_kernels.ipynb #496f820c
+@triton.jit
+def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walks, K, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
+    channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
+    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
+    "K tiles of RUNS runs of four steps and DB channels. MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
     b, _block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
-    L, tt = LA*ALIGN, tl.arange(0, T)
+    L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
+    end = K*4*RUNS if EVEN else L
     u += b*ub; dt += b*tb; y += b*yb
+    if SAME: ts = us; ys = us
+    us *= ALIGN; ts *= ALIGN; zs *= ALIGN; ys *= ALIGN
+    if SAME_BC: Cl = Bl
     B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
-    h0 = tl.zeros((DB,), ST)                                     # the state that enters the tile
-    for k in tl.range(K, num_stages=3):
-        t = k*T + tt
-        in_l = t < L
-        x, delta = _load_times(u, d, t, us*ALIGN, in_d, in_l, ST), _load_times(dt, d, t, ts*ALIGN, in_d, in_l, ST)
-        if bias is not None: delta += _load_row(bias, d, in_d, ST)
-        if SOFTPLUS: delta = _softplus(delta)
-        delta = tl.where(in_l[:,None], delta, 0.)                # past the end: steps that do nothing
-        a = tl.exp2(delta*(_load_row(A, d, in_d, ST)*_LOG2E))
-        w = delta*x*_load_matrix(B, 0, t, Bl, Bn, in_l, d, in_d, 1, VAR_B, ST)
-        decay, h = tl.associative_scan((a, w), 0, _after)
-        tl.store(borders + (b*K + k)*channels + d, h0, mask=in_d)
-        h += decay*h0[None]
-        h0 = _row(h, T - 1, T)
-        out = h*_load_matrix(C, 0, t, Cl, Cn, in_l, d, in_d, 1, VAR_C, ST)
-        if D is not None: out += x*_load_row(D, d, in_d, ST)
+    h_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # the states that enter the tile
+    if N == 1: A0 = _load_row(A, d, in_d, ST)*_LOG2E
+    if D is not None: skip = _load_row(D, d, in_d, ST)
+    if bias is not None: shift = _load_row(bias, d, in_d, ST)
+    for k in tl.range(K, num_stages=STAGES):
+        t = (k*RUNS + tl.arange(0, RUNS))*4
+        p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
+        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        delta = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        if bias is not None: delta += shift
+        delta = _exist(_softplus(delta) if SOFTPLUS else delta, t, L, EVEN)
+        v = delta*x
+        out = x*skip if D is not None else x*0
+        for n in range(N):
+            a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
+            w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
+            h0 = _pick(h_all, i, n, N, RUNS, DB)
+            _store_state(borders + ((b*K + k)*N + n)*channels, h0, d, in_d, RUNS)
+            P, S = _local(a, w)
+            h, h0 = _enter(P, S, h0, RUNS, False, GATHER)                # carry
+            h_all = _put(h_all, i, n, h0, N, RUNS)
+            out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
-            gate = _load_times(z + b*zb, d, t, zs*ALIGN, in_d, in_l, ST)
-            out *= gate*tl.sigmoid(gate)
-        _store_times(y, out, d, t, ys*ALIGN, in_d, in_l)
-    tl.store(last + b*channels + d, h0, mask=in_d)
+            gate = _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+            out *= gate*_sigmoid(gate)
+        _write(y, ys, out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
+    if N == 1: _store_state(last + b*channels, h_all, d, in_d, RUNS)
+    else: tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
 
 # %% ../nbs/02_kernels.ipynb #03dd3a0c
 def _unit(d, B, C, n_walks):
@@ -112,11 +282,10 @@ def _channels_last(u):
     return u.stride(2)==1 or u.stride(1)!=1
 
 def _plan(u, A, B, C, n_walks):
-    "(kernel, steps, channels, warps forward and backward) of a tile: the fastest of those tried on an H200."
+    "(runs, channels) of a tile, and of both passes (warps, loads in flight): the fastest of those tried on an H100."
     unit, n = _unit(u.shape[2], B, C, n_walks), A.shape[1]
-    if not _channels_last(u) and n==1: return 'lanes', 64, 16, (4, 2 if u.element_size()==2 else 4)
     db = 16 if unit<=16 or not _channels_last(u) else 32
-    return 'runs', 1024//db, db, (2, 2)
+    return 256//db, db, True, (2, 1), (2, 1)
 
 # %% ../nbs/02_kernels.ipynb #7b0ef44d
 def _like(x, u):
@@ -143,34 +312,30 @@ def _strides(xs, u, B, C):
     for M in (B,C): strides += M.stride() if M.dim()==4 else (0,0,0,0)
     return strides, align
 
+# %% ../nbs/02_kernels.ipynb #c3a1f009
 def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
-    "What forward and backward share: (kernel, programs, sizes, strides, channel counts, compile-time constants)."
+    "What forward and backward share: (programs, sizes, strides, channel counts, compile-time constants)."
     (b,l,d),n = u.shape, A.shape[1]
-    unit = _unit(d, B, C, len(walks))
-    kind, steps, db, warps = _plan(u, A, B, C, len(walks))
-    per_unit, tiles = -(-unit//db), -(-l//steps)
-    counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C))]
+    unit, (runs, db, gather, *passes) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))
+    per_unit, tiles, (warps, stages) = -(-unit//db), -(-l//(4*runs)), passes[backward]
+    counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C)), d//len(walks)]
     strides, align = _strides(xs, u, B, C)
-    meta = dict(DB=db, ALIGN=align, SOFTPLUS=softplus, VAR_B=B.dim()==4, VAR_C=C.dim()==4,
-                ST=tl.float64 if u.dtype==torch.float64 else tl.float32, num_warps=warps[backward])
-    if kind=='lanes': return kind, b*(d//unit)*per_unit, (l//align, tiles), strides, counts, dict(meta, T=steps)
-    layout = 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
     sizes = l//align, h, w, sum(k << 2*i for i,k in enumerate(walks)), tiles
-    return kind, b*(d//unit)*per_unit, sizes, strides, [*counts, d//len(walks)], dict(meta, N=n, NP=1 << (n-1).bit_length(), RUNS=steps//4, MAP=layout)
+    layout = 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
+    same = len({x.stride(1 if _channels_last(u) else 2) for x in xs if x is not None})==1, B.dim()==4==C.dim() and B.stride(1)==C.stride(1)
+    meta = dict(N=n, NP=1 << (n-1).bit_length(), RUNS=runs, DB=db, ALIGN=align, SAME=same[0], SAME_BC=same[1], GATHER=gather and _HAS_GATHER, FULL=unit%db==0,
+                EVEN=l%(4*runs)==0, SOFTPLUS=softplus, VAR_B=B.dim()==4, VAR_C=C.dim()==4, MAP=layout, ST=tl.float64 if u.dtype==torch.float64 else tl.float32,
+                STAGES=stages, num_warps=warps)
+    return b*(d//unit)*per_unit, sizes, strides, counts, meta
 
 # %% ../nbs/02_kernels.ipynb #2fa3714e
 def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
     "y (b, l, d), last state (b, d, n), and the states at the borders of the tiles (b, tiles, n, d)."
     u, delta, z = _same_order(u, delta, z)
     (b,_l,d),n,st,y = u.shape, A.shape[1], _state_dtype(u), _like(u, u)
-    kind, programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
+    programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
     last, borders = u.new_empty(b, d, n, dtype=st), u.new_empty(b, sizes[-1], n, d, dtype=st)
-    args = (u, delta, A, B, C, D, z, delta_bias, y, last, borders)
-    with _on(u):
-        if kind=='lanes': _lanes_forward[(programs,)](*args, *sizes, *strides, *counts, **meta)
-        else:
-            scratch = u.new_empty(programs*2*(meta['RUNS']+1)*meta['DB'] if n>1 else 1, dtype=st)
-            _runs_forward[(programs,)](*args, scratch, *sizes, *strides, *counts, STAGES=3 if n==1 and counts[1]%4==0 else 1, **meta)
+    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, *strides, *counts, **meta)
     return y, last, borders
 
 # %% ../nbs/02_kernels.ipynb #2d9151f7
@@ -184,16 +349,35 @@ def _for_op(u, delta, A, B, C, D, z, delta_bias, softplus):
     u, delta, z = (None if x is None else x.mT for x in (u, delta, z))
     return u, delta, A.contiguous(), _time_first(B), _time_first(C), D, z, delta_bias, softplus, 1, u.shape[1], [0]
 
+# %% ../nbs/02_kernels.ipynb #9dea3177
+@triton.jit
+def _local_back(a, c):
+    "A run takes s, what comes from after it, to P·s + S for what goes before it; P is the one of `_local`."
+    a0, a1, a2, a3 = _split4(a)
+    c0, c1, c2, c3 = _split4(c)
+    return a0*(c0 + a1*(c1 + a2*(c2 + a3*c3)))
+
+@triton.jit
+def _global_back(a, c, s):
+    "The gradients of the four states of a run, q_t = c_t + a_{t+1} q_{t+1}; s comes from after it."
+    _a0, a1, a2, a3 = _split4(a)
+    c0, c1, c2, c3 = _split4(c)
+    q3 = c3 + s
+    q2 = c2 + a3*q3
+    q1 = c1 + a2*q2
+    return _join4(c0 + a1*q1, q1, q2, q3)
+
 # %% ../nbs/02_kernels.ipynb #a66cb3f9
 @triton.jit
 def _before(p1, q1, a1, p2, q2, a2):
     "First the later part 1, then the earlier part 2. A part takes s, what comes from after it, to p·s + q; a is the decay of its first step."
     return p2*a1*p1, p2*a1*q1 + q2, a2
 
+# %% ../nbs/02_kernels.ipynb #1b5bafdb
 @triton.jit
 def _gate_grad(g, z):
     "For y·SiLU(z) with gradient g: the gradient of y, and that of z still to be multiplied by y."
-    s = tl.sigmoid(z)
+    s = _sigmoid(z)
     return g*z*s, g*s*(1 + z*(1 - s))
 
 @triton.jit
@@ -202,381 +386,143 @@ def _share(dM, b, block, first, L, channels, unit, per_unit, per_M, size, N: tl.
     g = first//per_M
     return dM + (block - g*(per_M//unit)*per_unit)*size + (b*L*(channels//per_M) + g)*N
 
-# %% ../nbs/02_kernels.ipynb #1ea5d4e0
+# %% ../nbs/02_kernels.ipynb #c3a1f007
 @triton.jit
-def _lanes_backward(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, K,
-    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C,
-    T: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, ST: tl.constexpr):
-    "The tiles of `_lanes_forward`, last one first; the states of a tile are made again from the one at its border."
-    b, block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
-    L, tt, bd = LA*ALIGN, tl.arange(0, T), b*channels + d
-    dy += b*gb; u += b*ub; dt += b*tb; du += b*xb; ddt += b*eb
-    B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
-    if VAR_B: dB = _share(dB, b, block, first, L, channels, unit, per_unit, per_B, size_B, 1)
-    if VAR_C: dC = _share(dC, b, block, first, L, channels, unit, per_unit, per_C, size_C, 1)
-    s = tl.zeros((DB,), ST)                                      # a·q of the first step after the tile
-    if dlast is not None: s += tl.load(dlast + bd, mask=in_d, other=0).to(ST)
-    sum_A = tl.zeros((DB,), ST); sum_B = tl.zeros((DB,), ST); sum_C = tl.zeros((DB,), ST); sum_D = tl.zeros((DB,), ST); sum_bias = tl.zeros((DB,), ST)
-    for j in range(K):
-        k = K - 1 - j
-        t = k*T + tt
-        in_l = t < L
-        x, raw = _load_times(u, d, t, us*ALIGN, in_d, in_l, ST), _load_times(dt, d, t, ts*ALIGN, in_d, in_l, ST)
-        g = _load_times(dy, d, t, gs*ALIGN, in_d, in_l, ST)
-        if bias is not None: raw += _load_row(bias, d, in_d, ST)
-        delta = tl.where(in_l[:,None], _softplus(raw) if SOFTPLUS else raw, 0.)
-        if z is not None: g, gate = _gate_grad(g, _load_times(z + b*zb, d, t, zs*ALIGN, in_d, in_l, ST))
-        skip = _load_row(D, d, in_d, ST) if D is not None else tl.zeros((1, DB), ST)
-        if D is not None: sum_D += tl.sum(g*x, 0)
-        dx, out, v, Ad = skip*g, skip*x, delta*x, _load_row(A, d, in_d, ST)
-        a = tl.exp2(delta*(Ad*_LOG2E))
-        Bt = _load_matrix(B, 0, t, Bl, Bn, in_l, d, in_d, 1, VAR_B, ST)
-        Ct = _load_matrix(C, 0, t, Cl, Cn, in_l, d, in_d, 1, VAR_C, ST)
-        w = v*Bt
-        decay, h = tl.associative_scan((a, w), 0, _after)        # the states again
-        h += decay*tl.load(borders + (b*K + k)*channels + d, mask=in_d, other=0)[None]
-        decay, q, _a = tl.associative_scan((a*0 + 1, g*Ct, a), 0, _before, reverse=True)
-        q += decay*s[None]
-        s = _row(a*q, 0, T)
-        if z is not None: out += Ct*h
-        if VAR_B: tl.store(dB + t*(channels//per_B), tl.sum(q*v, 1), mask=in_l)
-        else: sum_B += tl.sum(q*v, 0)
-        if VAR_C: tl.store(dC + t*(channels//per_C), tl.sum(g*h, 1), mask=in_l)
-        else: sum_C += tl.sum(g*h, 0)
-        f = q*(h - w)                                            # q_t a_t h_{t-1}, the gradient of Δ_t A
-        sum_A += tl.sum(f*delta, 0)
-        q *= Bt
-        dd = f*Ad + q*x
-        dx += q*delta
-        if SOFTPLUS: dd *= tl.sigmoid(raw)
-        if bias is not None: sum_bias += tl.sum(tl.where(in_l[:,None], dd, 0.), 0)
-        _store_times(du, dx, d, t, xs*ALIGN, in_d, in_l)
-        _store_times(ddt, dd, d, t, es*ALIGN, in_d, in_l)
-        if z is not None: _store_times(dz + b*wb, gate*out, d, t, ws*ALIGN, in_d, in_l)
-    tl.store(dA + bd, sum_A, mask=in_d)
-    if not VAR_B: tl.store(dB + bd, sum_B, mask=in_d)
-    if not VAR_C: tl.store(dC + bd, sum_C, mask=in_d)
-    if D is not None: tl.store(dD + bd, sum_D, mask=in_d)
-    if bias is not None: tl.store(dbias + bd, sum_bias, mask=in_d)
-
-# %% ../nbs/02_kernels.ipynb #e215fe9a
-def _whole(x, like):
-    "The gradient of `like` from the shares that the programs wrote; an empty tensor if `like` was not given."
-    if like is None: return x
-    if like.dim()==2: return x.sum(0).mT.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-    return (x[0] if len(x)==1 else x.sum(0)).to(like.dtype)
-
-def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
-    "Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for one that was not given."
-    u, delta, z, dy = _same_order(u, delta, z, dy)
-    (b,_l,d),n,st = u.shape, A.shape[1], _state_dtype(u)
-    du, dd, dz = _like(u, u), _like(delta, u), _like(z, u)
-    kind, programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
-    def shares(M, per): return u.new_empty(b, n, d, dtype=st) if M.dim()==2 else u.new_empty(per//counts[1]*counts[2], *M.shape, dtype=st)
-    dA, dB, dC = shares(A, d), shares(B, counts[3]), shares(C, counts[4])
-    dD, dbias = (u.new_empty(0) if p is None else u.new_empty(b, d, dtype=st) for p in (D, delta_bias))
-    args = (dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders)
-    grads = (du, dd, dA, dB, dC, dD, dz, dbias)
-    rest = (*sizes, *strides, dB[0].numel(), dC[0].numel(), *counts)
-    with _on(u):
-        if kind=='lanes': _lanes_backward[(programs,)](*args, *grads, *rest, **meta)
-        else:
-            scratch = u.new_empty(programs*4*(meta['RUNS']+1)*meta['DB'], dtype=st)
-            _runs_backward[(programs,)](*args, scratch, *grads, *rest, **meta)
-    return du, dd, _whole(dA, A), _whole(dB, B), _whole(dC, C), _whole(dD, D), u.new_empty(0) if z is None else dz, _whole(dbias, delta_bias)
-
-# %% ../nbs/02_kernels.ipynb #4337bf21
-@triton.jit
-def _through(q1, r1, p1, s1, q2, r2, p2, s2):
-    "Stretch 1, then stretch 2. s, p: a stretch takes h to p·h + s; q, r: its last run is entered by q·h + r."
-    return q2*p1, q2*s1 + r2, p2*p1, p2*s1 + s2
-
-# %% ../nbs/02_kernels.ipynb #a2d3ba36
-@triton.jit
-def _enter(P, S, h0, buf, RUNS: tl.constexpr, DB: tl.constexpr, EXCHANGE: tl.constexpr):
-    "The states that enter the runs, and the one that leaves the last, from the decays P and the own ends S of the runs, (RUNS, DB)."
-    r, c = tl.arange(0, RUNS)[:,None], tl.arange(0, DB)
-    if not EXCHANGE:
-        q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through)
-        return into + q*h0[None], tl.sum(tl.where(r == RUNS - 1, s + p*h0[None], 0.), 0)
-    _p, s = tl.associative_scan((P, tl.where(r == 0, S + P*h0[None], S)), 0, _after)
-    tl.store(buf + ((r + 1)*DB + c[None]), s)
-    tl.store(buf + c, h0)
-    tl.debug_barrier()
-    return tl.load(buf + (r*DB + c[None])), tl.load(buf + (RUNS*DB + c))
-
-@triton.jit
-def _enter_back(P, S, s0, buf, RUNS: tl.constexpr, DB: tl.constexpr):
-    "The same backwards in time: runs are turned round on the way through the buffer."
-    r, c = tl.arange(0, RUNS)[:,None], tl.arange(0, DB)
-    size: tl.constexpr = (RUNS + 1)*DB
-    tl.store(buf + ((RUNS - 1 - r)*DB + c[None]), P)
-    tl.store(buf + (size + (RUNS - 1 - r)*DB + c[None]), S)
-    tl.debug_barrier()
-    P, S = tl.load(buf + (r*DB + c[None])), tl.load(buf + (size + r*DB + c[None]))
-    _p, s = tl.associative_scan((P, tl.where(r == 0, S + P*s0[None], S)), 0, _after)
-    tl.store(buf + (2*size + (RUNS - 1 - r)*DB + c[None]), s)
-    tl.store(buf + (2*size + RUNS*DB + c), s0)
-    tl.debug_barrier()
-    return tl.load(buf + (2*size + (r + 1)*DB + c[None])), tl.load(buf + (2*size + c))
-
-# %% ../nbs/02_kernels.ipynb #ea3355bf
-@triton.jit
-def _place(walk, t, H, W, L, MAP: tl.constexpr):
-    "Where step t of a walk is kept. walk: 0 along rows, 1 that backwards, 2 along columns, 3 that backwards."
-    if MAP == 2:
-        t = tl.where(walk % 2 == 1, L - 1 - t, t)
-        t = tl.where(walk >= 2, t % H*W + t//H, t)
-    return t
-
-@triton.jit
-def _places(walk, T0, H, W, L, RUNS: tl.constexpr, MAP: tl.constexpr):
-    "The places of steps 0 to 3 of RUNS runs that begin at step T0, and whether there are such steps."
-    t = T0 + tl.arange(0, RUNS)*4
-    p0, p1 = _place(walk, t, H, W, L, MAP), _place(walk, t + 1, H, W, L, MAP)
-    p2, p3 = _place(walk, t + 2, H, W, L, MAP), _place(walk, t + 3, H, W, L, MAP)
-    return p0, p1, p2, p3, t < L, t + 1 < L, t + 2 < L, t + 3 < L
-
-# %% ../nbs/02_kernels.ipynb #157cce65
-@triton.jit
-def _read(ptr, s, p, k, d, in_d, ST: tl.constexpr):
-    "A tile (RUNS, DB) of something that keeps its channels side by side in memory: one step of every run."
-    return tl.load(ptr + (p[:,None]*s + d[None]), mask=k[:,None] & in_d[None], other=0).to(ST)
-
-@triton.jit
-def _write(ptr, s, x, p, k, d, in_d):
-    tl.store(ptr + (p[:,None]*s + d[None]), x.to(ptr.dtype.element_ty), mask=k[:,None] & in_d[None])
-
-@triton.jit
-def _read4(ptr, s, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
-    "Four steps of RUNS runs, as four tiles (RUNS, DB)."
-    if MAP:
-        x0, x1 = _read(ptr, s, p0, k0, d, in_d, ST), _read(ptr, s, p1, k1, d, in_d, ST)
-        x2, x3 = _read(ptr, s, p2, k2, d, in_d, ST), _read(ptr, s, p3, k3, d, in_d, ST)
-    else:                                                        # times side by side: read them in order, then deal them out
-        t = T0 + tl.arange(0, 4*RUNS)
-        x = tl.load(ptr + (d[:,None]*s + t[None]), mask=in_d[:,None] & (t < L)[None], other=0).to(ST)
-        even, odd = tl.split(tl.reshape(x, (DB, RUNS, 2, 2)))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        x0 = tl.trans(x0); x1 = tl.trans(x1); x2 = tl.trans(x2); x3 = tl.trans(x3)
-    return x0, x1, x2, x3
-
-@triton.jit
-def _write4(ptr, s, x0, x1, x2, x3, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS: tl.constexpr, DB: tl.constexpr, MAP: tl.constexpr):
-    "The way back of `_read4`."
-    if MAP:
-        _write(ptr, s, x0, p0, k0, d, in_d); _write(ptr, s, x1, p1, k1, d, in_d)
-        _write(ptr, s, x2, p2, k2, d, in_d); _write(ptr, s, x3, p3, k3, d, in_d)
-    else:
-        t = T0 + tl.arange(0, 4*RUNS)
-        even, odd = tl.join(tl.trans(x0), tl.trans(x2)), tl.join(tl.trans(x1), tl.trans(x3))
-        x = tl.reshape(tl.join(even, odd), (DB, 4*RUNS))
-        tl.store(ptr + (d[:,None]*s + t[None]), x.to(ptr.dtype.element_ty), mask=in_d[:,None] & (t < L)[None])
-
-# %% ../nbs/02_kernels.ipynb #8eb14f3c
-@triton.jit
-def _mul4(x0, x1, x2, x3, y0, y1, y2, y3): return x0*y0, x1*y1, x2*y2, x3*y3
-
-@triton.jit
-def _scale4(c, x0, x1, x2, x3): return c*x0, c*x1, c*x2, c*x3
-
-@triton.jit
-def _add4(c, x0, x1, x2, x3): return c + x0, c + x1, c + x2, c + x3
-
-@triton.jit
-def _sum4(x0, x1, x2, x3): return tl.sum((x0 + x1) + (x2 + x3), 0)
-
-@triton.jit
-def _keep4(k0, k1, k2, k3, x0, x1, x2, x3):
-    "0 for a step that does not exist."
-    return tl.where(k0[:,None], x0, 0.), tl.where(k1[:,None], x1, 0.), tl.where(k2[:,None], x2, 0.), tl.where(k3[:,None], x3, 0.)
-
-@triton.jit
-def _delta4(r0, r1, r2, r3, k0, k1, k2, k3, SOFTPLUS: tl.constexpr):
-    "Δ of four steps."
-    if SOFTPLUS: r0 = _softplus(r0); r1 = _softplus(r1); r2 = _softplus(r2); r3 = _softplus(r3)
-    return _keep4(k0, k1, k2, k3, r0, r1, r2, r3)
-
-@triton.jit
-def _decay4(A, d0, d1, d2, d3):
-    "exp(Δ·A) of four steps."
-    A *= _LOG2E
-    return tl.exp2(d0*A), tl.exp2(d1*A), tl.exp2(d2*A), tl.exp2(d3*A)
-
-@triton.jit
-def _matrix4(ptr, n, p0, p1, p2, p3, k0, k1, k2, k3, sp, sn, d, in_d, N: tl.constexpr, VARIES: tl.constexpr, ST: tl.constexpr):
-    "State n of `B` or `C` at four steps."
-    return (_load_matrix(ptr, n, p0, sp, sn, k0, d, in_d, N, VARIES, ST), _load_matrix(ptr, n, p1, sp, sn, k1, d, in_d, N, VARIES, ST),
-            _load_matrix(ptr, n, p2, sp, sn, k2, d, in_d, N, VARIES, ST), _load_matrix(ptr, n, p3, sp, sn, k3, d, in_d, N, VARIES, ST))
-
-# %% ../nbs/02_kernels.ipynb #ac3517d0
-@triton.jit
-def _pick(x, i, n, N: tl.constexpr):
-    "Row n of a tile (NP, DB) of which N rows are used."
-    if N == 1: return tl.sum(x, 0)
-    else: return tl.sum(tl.where(i[:,None] == n, x, 0.), 0)
-
-@triton.jit
-def _put(x, i, n, v):
-    "The tile with row n replaced."
-    return tl.where(i[:,None] == n, v[None], x)
-
-@triton.jit
-def _add_to(x, i, n, v):
-    "The tile with `v` added to row n."
-    return x + tl.where(i[:,None] == n, v[None], 0.)
-
-# %% ../nbs/02_kernels.ipynb #496f820c
-@triton.jit
-def _runs_forward(u, dt, A, B, C, D, z, bias, y, last, borders, scratch, LA, H, W, walks, K, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
-    channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
-    "Any N: K tiles of RUNS runs of four steps and DB channels. MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
-    b, _block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
-    L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
-    u += b*ub; dt += b*tb; y += b*yb
-    us *= ALIGN; ts *= ALIGN; zs *= ALIGN; ys *= ALIGN
-    B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
-    scratch += tl.program_id(0)*(2*(RUNS + 1)*DB)
-    h_all = tl.zeros((NP, DB), ST)                               # the states that enter the tile
-    for k in tl.range(K, num_stages=STAGES):
-        T0 = k*4*RUNS
-        p0, p1, p2, p3, k0, k1, k2, k3 = _places(walk, T0, H, W, L, RUNS, MAP)
-        x0, x1, x2, x3 = _read4(u, us, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-        d0, d1, d2, d3 = _read4(dt, ts, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-        if bias is not None: d0, d1, d2, d3 = _add4(_load_row(bias, d, in_d, ST), d0, d1, d2, d3)
-        d0, d1, d2, d3 = _delta4(d0, d1, d2, d3, k0, k1, k2, k3, SOFTPLUS)
-        skip = _load_row(D, d, in_d, ST) if D is not None else tl.zeros((1, DB), ST)
-        y0, y1, y2, y3 = _scale4(skip, x0, x1, x2, x3)
-        x0, x1, x2, x3 = _mul4(x0, x1, x2, x3, d0, d1, d2, d3)
-        for n in range(N):
-            a0, a1, a2, a3 = _decay4(_load_row(A, d*N + n, in_d, ST), d0, d1, d2, d3)
-            B0, B1, B2, B3 = _matrix4(B, n, p0, p1, p2, p3, k0, k1, k2, k3, Bl, Bn, d, in_d, N, VAR_B, ST)
-            w0, w1, w2, w3 = _mul4(x0, x1, x2, x3, B0, B1, B2, B3)
-            h0 = _pick(h_all, i, n, N)
-            tl.store(borders + ((b*K + k)*N + n)*channels + d, h0, mask=in_d)
-            P, S = (a0*a1)*(a2*a3), ((w0*a1 + w1)*a2 + w2)*a3 + w3                        # local
-            h, end = _enter(P, S, h0, scratch + ((k*N + n) % 2)*((RUNS + 1)*DB), RUNS, DB, N > 1)   # carry
-            h_all = _put(h_all, i, n, end)
-            C0, C1, C2, C3 = _matrix4(C, n, p0, p1, p2, p3, k0, k1, k2, k3, Cl, Cn, d, in_d, N, VAR_C, ST)
-            h = a0*h + w0; y0 += h*C0                                                     # global
-            h = a1*h + w1; y1 += h*C1
-            h = a2*h + w2; y2 += h*C2
-            h = a3*h + w3; y3 += h*C3
-        if z is not None:
-            z0, z1, z2, z3 = _read4(z + b*zb, zs, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-            y0 *= z0*tl.sigmoid(z0); y1 *= z1*tl.sigmoid(z1); y2 *= z2*tl.sigmoid(z2); y3 *= z3*tl.sigmoid(z3)
-        _write4(y, ys, y0, y1, y2, y3, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP)
-    tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
-
-# %% ../nbs/02_kernels.ipynb #9dea3177
-@triton.jit
-def _states4(h, a0, a1, a2, a3, v0, v1, v2, v3, B0, B1, B2, B3):
-    "What each step keeps of the state before it, f_t = a_t h_{t-1}, and the states h_t = f_t + v_t B_t."
-    f0 = a0*h;  h0 = f0 + v0*B0
-    f1 = a1*h0; h1 = f1 + v1*B1
-    f2 = a2*h1; h2 = f2 + v2*B2
-    f3 = a3*h2; h3 = f3 + v3*B3
-    return f0, f1, f2, f3, h0, h1, h2, h3
-
-@triton.jit
-def _grads4(s, a1, a2, a3, g0, g1, g2, g3, C0, C1, C2, C3):
-    "The gradients of the four states, q_t = C_t dy_t + a_{t+1} q_{t+1}; s comes from after the run."
-    q3 = g3*C3 + s
-    q2 = g2*C2 + a3*q3
-    q1 = g1*C1 + a2*q2
-    return g0*C0 + a1*q1, q1, q2, q3
-
-@triton.jit
-def _write_sums(ptr, s, x0, x1, x2, x3, p0, p1, p2, p3, k0, k1, k2, k3):
+def _write_sums(ptr, s, x, p0, p1, p2, p3, t, L):
     "Sums over the channels of the block, one number for each step."
-    tl.store(ptr + p0*s, tl.sum(x0, 1), mask=k0)
-    tl.store(ptr + p1*s, tl.sum(x1, 1), mask=k1)
-    tl.store(ptr + p2*s, tl.sum(x2, 1), mask=k2)
-    tl.store(ptr + p3*s, tl.sum(x3, 1), mask=k3)
+    x0, x1, x2, x3 = _split4(tl.sum(x, 1))
+    tl.store(ptr + p0*s, x0, mask=t < L); tl.store(ptr + p1*s, x1, mask=t + 1 < L)
+    tl.store(ptr + p2*s, x2, mask=t + 2 < L); tl.store(ptr + p3*s, x3, mask=t + 3 < L)
 
 @triton.jit
-def _gate_grad4(g0, g1, g2, g3, z0, z1, z2, z3):
-    g0, z0 = _gate_grad(g0, z0)
-    g1, z1 = _gate_grad(g1, z1)
-    g2, z2 = _gate_grad(g2, z2)
-    g3, z3 = _gate_grad(g3, z3)
-    return g0, g1, g2, g3, z0, z1, z2, z3
+def _add_to(x, i, n, v, N: tl.constexpr):
+    "Add the sums of a tile (RUNS, DB, 4) to row n of (NP, DB); for N = 1 runs are kept apart, (RUNS, DB), until the end."
+    if N == 1: return x + tl.sum(v, 2)
+    else: return x + tl.where(i[:,None] == n, tl.sum(tl.sum(v, 2), 0)[None], 0.)
 
-# %% ../nbs/02_kernels.ipynb #1b5bafdb
 @triton.jit
-def _runs_backward(dy, dlast, u, dt, A, B, C, D, z, bias, borders, scratch, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
-    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk,
-    N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr,
-    VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
-    "The tiles of `_runs_forward`, last one first."
+def _store_sums(ptr, x, b, d, in_d, i, channels, rows, N: tl.constexpr):
+    "What `_add_to` has collected, to N rows of (B, rows, D)."
+    if N == 1: tl.store(ptr + b*rows*channels + d, tl.sum(x, 0), mask=in_d)
+    else: tl.store(ptr + ((b*rows + i[:,None])*channels + d[None]), x, mask=in_d[None] & (i[:,None] < N))
+
+# %% ../nbs/02_kernels.ipynb #c3a1f008
+@triton.jit
+def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
+    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk, rows,
+    N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr,
+    FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
+    "The tiles of `_forward_kernel`, last one first; the states of a tile are made again from the one at its border."
     b, block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
-    mine, nd = in_d[None] & (i[:,None] < N), (b*N + i[:,None])*channels + d[None]
+    end = K*4*RUNS if EVEN else L
     dy += b*gb; u += b*ub; dt += b*tb; du += b*xb; ddt += b*eb
+    if SAME: gs = us; ts = us; xs = us; es = us
     gs *= ALIGN; us *= ALIGN; ts *= ALIGN; zs *= ALIGN; xs *= ALIGN; es *= ALIGN; ws *= ALIGN
+    if SAME_BC: Cl = Bl
     B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
     if VAR_B: dB = _share(dB, b, block, first, L, channels, unit, per_unit, per_B, size_B, N)
     if VAR_C: dC = _share(dC, b, block, first, L, channels, unit, per_unit, per_C, size_C, N)
-    scratch += tl.program_id(0)*(4*(RUNS + 1)*DB)
-    s_all = tl.zeros((NP, DB), ST)                               # a·q of the first step after the tile
-    if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i[:,None], mask=mine, other=0).to(ST)
-    sum_A = tl.zeros((NP, DB), ST); sum_B = tl.zeros((NP, DB), ST); sum_C = tl.zeros((NP, DB), ST)
-    sum_D = tl.zeros((DB,), ST); sum_bias = tl.zeros((DB,), ST)
-    for j in tl.range(K, num_stages=1):
+    i1 = tl.arange(0, RUNS)*0 if N == 1 else i
+    s_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # a·q of the first step after the tile
+    if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
+    sum_A = tl.zeros((RUNS if N == 1 else NP, DB), ST); sum_B = sum_A; sum_C = sum_A
+    sum_D = tl.zeros((RUNS, DB), ST); sum_bias = sum_D
+    if N == 1: A0 = _load_row(A, d, in_d, ST)
+    if D is not None: skip = _load_row(D, d, in_d, ST)
+    if bias is not None: shift = _load_row(bias, d, in_d, ST)
+    for j in tl.range(K, num_stages=STAGES):
         k = K - 1 - j
-        T0 = k*4*RUNS
-        p0, p1, p2, p3, k0, k1, k2, k3 = _places(walk, T0, H, W, L, RUNS, MAP)
-        x0, x1, x2, x3 = _read4(u, us, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-        r0, r1, r2, r3 = _read4(dt, ts, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-        g0, g1, g2, g3 = _read4(dy, gs, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-        if bias is not None: r0, r1, r2, r3 = _add4(_load_row(bias, d, in_d, ST), r0, r1, r2, r3)
-        d0, d1, d2, d3 = _delta4(r0, r1, r2, r3, k0, k1, k2, k3, SOFTPLUS)
-        if z is not None:
-            z0, z1, z2, z3 = _read4(z + b*zb, zs, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP, ST)
-            g0, g1, g2, g3, z0, z1, z2, z3 = _gate_grad4(g0, g1, g2, g3, z0, z1, z2, z3)
-        if D is not None: sum_D += _sum4(g0*x0, g1*x1, g2*x2, g3*x3)
-        skip = _load_row(D, d, in_d, ST) if D is not None else tl.zeros((1, DB), ST)
-        if z is not None: y0, y1, y2, y3 = _scale4(skip, x0, x1, x2, x3)
-        v0, v1, v2, v3 = _mul4(d0, d1, d2, d3, x0, x1, x2, x3)
-        dx0, dx1, dx2, dx3 = _scale4(skip, g0, g1, g2, g3)
-        e0 = tl.zeros((RUNS, DB), ST); e1 = e0; e2 = e0; e3 = e0  # the gradient of Δ
+        t = (k*RUNS + tl.arange(0, RUNS))*4
+        p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
+        raw = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+        g = _exist(_read(dy, gs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST), t, L, EVEN)
+        if bias is not None: raw += shift
+        delta = _exist(_softplus(raw) if SOFTPLUS else raw, t, L, EVEN)
+        if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST))
+        if D is not None: sum_D += tl.sum(g*x, 2)
+        if z is not None: out = x*skip if D is not None else x*0
+        v, dd, dx = delta*x, x*0, g*skip if D is not None else x*0
         for n in range(N):
-            An = _load_row(A, d*N + n, in_d, ST)
-            a0, a1, a2, a3 = _decay4(An, d0, d1, d2, d3)
-            B0, B1, B2, B3 = _matrix4(B, n, p0, p1, p2, p3, k0, k1, k2, k3, Bl, Bn, d, in_d, N, VAR_B, ST)
-            C0, C1, C2, C3 = _matrix4(C, n, p0, p1, p2, p3, k0, k1, k2, k3, Cl, Cn, d, in_d, N, VAR_C, ST)
-            P, h = (a0*a1)*(a2*a3), tl.load(borders + ((b*K + k)*N + n)*channels + d, mask=in_d, other=0)
-            S, Q = ((v0*B0*a1 + v1*B1)*a2 + v2*B2)*a3 + v3*B3, a0*(g0*C0 + a1*(g1*C1 + a2*(g2*C2 + a3*(g3*C3))))
-            h, _end = _enter(P, S, h, scratch, RUNS, DB, N > 1)
-            s, start = _enter_back(P, Q, _pick(s_all, i, n, N), scratch + (RUNS + 1)*DB, RUNS, DB)
-            s_all = _put(s_all, i, n, start)
-            f0, f1, f2, f3, h0, h1, h2, h3 = _states4(h, a0, a1, a2, a3, v0, v1, v2, v3, B0, B1, B2, B3)
-            q0, q1, q2, q3 = _grads4(s, a1, a2, a3, g0, g1, g2, g3, C0, C1, C2, C3)
-            if z is not None: y0 += h0*C0; y1 += h1*C1; y2 += h2*C2; y3 += h3*C3
-            h0, h1, h2, h3 = _mul4(h0, h1, h2, h3, g0, g1, g2, g3)
-            if VAR_C: _write_sums(dC + n, channels//per_C*N, h0, h1, h2, h3, p0, p1, p2, p3, k0, k1, k2, k3)
-            else: sum_C = _add_to(sum_C, i, n, _sum4(h0, h1, h2, h3))
-            if VAR_B: _write_sums(dB + n, channels//per_B*N, q0*v0, q1*v1, q2*v2, q3*v3, p0, p1, p2, p3, k0, k1, k2, k3)
-            else: sum_B = _add_to(sum_B, i, n, _sum4(q0*v0, q1*v1, q2*v2, q3*v3))
-            f0, f1, f2, f3 = _mul4(f0, f1, f2, f3, q0, q1, q2, q3)                        # the gradient of Δ_t A
-            sum_A = _add_to(sum_A, i, n, _sum4(f0*d0, f1*d1, f2*d2, f3*d3))
-            q0, q1, q2, q3 = _mul4(q0, q1, q2, q3, B0, B1, B2, B3)
-            e0 += f0*An + q0*x0; e1 += f1*An + q1*x1; e2 += f2*An + q2*x2; e3 += f3*An + q3*x3
-            dx0 += q0*d0; dx1 += q1*d1; dx2 += q2*d2; dx3 += q3*d3
-        if SOFTPLUS: e0 *= tl.sigmoid(r0); e1 *= tl.sigmoid(r1); e2 *= tl.sigmoid(r2); e3 *= tl.sigmoid(r3)
-        if bias is not None:
-            e0, e1, e2, e3 = _keep4(k0, k1, k2, k3, e0, e1, e2, e3)
-            sum_bias += _sum4(e0, e1, e2, e3)
-        _write4(du, xs, dx0, dx1, dx2, dx3, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP)
-        _write4(ddt, es, e0, e1, e2, e3, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP)
-        if z is not None: _write4(dz + b*wb, ws, y0*z0, y1*z1, y2*z2, y3*z3, p0, p1, p2, p3, k0, k1, k2, k3, T0, L, d, in_d, RUNS, DB, MAP)
-    tl.store(dA + nd, sum_A, mask=mine)
-    if not VAR_B: tl.store(dB + nd, sum_B, mask=mine)
-    if not VAR_C: tl.store(dC + nd, sum_C, mask=mine)
-    if D is not None: tl.store(dD + b*channels + d, sum_D, mask=in_d)
-    if bias is not None: tl.store(dbias + b*channels + d, sum_bias, mask=in_d)
+            An = A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)
+            a = _exp2(delta*(An*_LOG2E))
+            Bt = _matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
+            Ct = _matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
+            w, c, h0 = v*Bt, g*Ct, tl.load(borders + ((b*K + k)*N + n)*channels + d, mask=in_d, other=0)[None]
+            h0 = tl.broadcast_to(h0, (RUNS, DB))
+            P, S = _local(a, w)
+            h, _last = _enter(P, S, h0, RUNS, False, GATHER)
+            s, s0 = _enter(P, _local_back(a, c), _pick(s_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
+            s_all = _put(s_all, i, n, s0, N, RUNS)
+            h, q = _global(a, w, h), _global_back(a, c, s)
+            if z is not None: out += h*Ct
+            f = q*(h - w)                                        # q_t a_t h_{t-1}, the gradient of Δ_t A
+            if VAR_C: _write_sums(dC + n, channels//per_C*N, g*h, p0, p1, p2, p3, t, end)
+            else: sum_C = _add_to(sum_C, i, n, g*h, N)
+            if VAR_B: _write_sums(dB + n, channels//per_B*N, q*v, p0, p1, p2, p3, t, end)
+            else: sum_B = _add_to(sum_B, i, n, q*v, N)
+            sum_A = _add_to(sum_A, i, n, f*delta, N)
+            q *= Bt
+            dd += f*An + q*x
+            dx += q*delta
+        if SOFTPLUS: dd *= _sigmoid(raw)
+        if bias is not None: sum_bias += tl.sum(_exist(dd, t, L, EVEN), 2)
+        _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
+        _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
+        if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
+    _store_sums(dA, sum_A, b, d, in_d, i, channels, rows, N)
+    if not VAR_B: _store_sums(dB, sum_B, b, d, in_d, i, channels, rows, N)
+    if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, rows, N)
+    if D is not None: tl.store(dD + b*rows*channels + d, tl.sum(sum_D, 0), mask=in_d)
+    if bias is not None: tl.store(dbias + b*rows*channels + d, tl.sum(sum_bias, 0), mask=in_d)
+
+# %% ../nbs/02_kernels.ipynb #e215fe9a
+@triton.jit
+def _sum_kernel(sums, dA, dB, dC, dD, dbias, images, channels, rows, N: tl.constexpr, IMAGES: tl.constexpr, DB: tl.constexpr):
+    "Sum (images, rows, channels) over images, always in the same order. Rows: N of dA, N of dB and of dC if they are constant, then dD, dbias."
+    d, row, i, total = tl.program_id(0)*DB + tl.arange(0, DB), tl.program_id(1), tl.arange(0, IMAGES)[:,None], tl.zeros((DB,), sums.dtype.element_ty)
+    for k in range(0, images, IMAGES):
+        total += tl.sum(tl.load(sums + ((k + i).to(tl.int64)*rows + row)*channels + d[None], mask=(k + i < images) & (d[None] < channels), other=0), 0)
+    tl.store(dA + d*N + row, total, mask=(d < channels) & (row < N))
+    row -= N
+    if dB is not None:
+        tl.store(dB + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dC is not None:
+        tl.store(dC + d*N + row, total, mask=(d < channels) & (row >= 0) & (row < N))
+        row -= N
+    if dD is not None:
+        tl.store(dD + d, total, mask=(d < channels) & (row == 0))
+        row -= 1
+    if dbias is not None: tl.store(dbias + d, total, mask=(d < channels) & (row == 0))
+
+# %% ../nbs/02_kernels.ipynb #c3a1f002
+def _param_sums(u, A, B, C, D, bias):
+    "Where every sequence leaves its sums for the gradients of parameters, (b, rows, d), and views of it that begin at the rows of each; None: no parameter."
+    (b,_,d),n = u.shape, A.shape[1]
+    rows = [n, *(n if M.dim()==2 else 0 for M in (B,C)), *(int(p is not None) for p in (D,bias))]
+    sums = u.new_empty(b, sum(rows), d, dtype=_state_dtype(u))
+    return sums, [sums[:,sum(rows[:i]):] if k else None for i,k in enumerate(rows)]
+
+# %% ../nbs/02_kernels.ipynb #c3a1f003
+def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
+    "Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for one that was not given."
+    u, delta, z, dy = _same_order(u, delta, z, dy)
+    (b,_l,d),n = u.shape, A.shape[1]
+    du, dd, dz = _like(u, u), _like(delta, u), _like(z, u)
+    programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
+    def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
+    shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
+    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(u, A, B, C, D, delta_bias)
+    grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
+    sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
+    dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
+    with _on(u):
+        _backward_kernel[(programs,)](dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
+        _sum_kernel[(-(-d//32), sums.shape[1])](sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
+    dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
+    return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
 
 # %% ../nbs/02_kernels.ipynb #46325b91
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
@@ -590,7 +536,7 @@ _triton_backward_op = torch.library.custom_op("groupmamba::scan_triton_backward"
 @_triton_op.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
     (b,l,d),n,st = u.shape, A.shape[1], _state_dtype(u)
-    tiles = -(-l//_plan(u, A, B, C, len(walks))[1])
+    tiles = -(-l//(4*_plan(u, A, B, C, len(walks))[0]))
     return _like(u, u), u.new_empty(b, d, n, dtype=st), u.new_empty(b, tiles, n, d, dtype=st)
 
 @_triton_backward_op.register_fake

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RELEASED_FOUR', 'SIZES', 'RENAMINGS', 'EXTRA_AXIS', 'HUB', 'entry_points', 'ReleasedMixer', 'ConvFFN',
-           'ReleasedBlock', 'ClassBlock', 'GroupMambaReleased', 'released_name', 'to_released', 'from_released',
-           'CheckpointError', 'read_checkpoint', 'released_sizes', 'misfits', 'load_weights', 'load_released',
-           'save_released', 'convert', 'convert_cli', 'hub_file', 'groupmamba_tiny', 'groupmamba_small',
-           'groupmamba_base']
+           'ReleasedBlock', 'ReleasedStage', 'ClassBlock', 'GroupMambaReleased', 'released_name', 'to_released',
+           'from_released', 'CheckpointError', 'read_checkpoint', 'released_sizes', 'misfits', 'load_weights',
+           'load_released', 'save_released', 'convert', 'convert_cli', 'hub_file', 'groupmamba_tiny',
+           'groupmamba_small', 'groupmamba_base']
 
 # %% ../nbs/07_released.ipynb #cc3aa0ce
 import argparse
@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .blocks import ffn_block, fused_dtype, mixer_block, narrow, widen, widened
 from .vsss import FFN, GroupLinear, MambaMixer, init_weights
-from .grouped import check_directions, scan_along
+from .grouped import FOUR, check_directions, scan_along
 from .cam import ChannelAffinity, cam
-from .core import Classifier, DropPath, Stem, create, make_stages, model_cfg
+from .core import Classifier, DropPath, Stage, Stem, create, make_stages, model_cfg
 
 # %% ../nbs/07_released.ipynb #5ee41e85
 RELEASED_FOUR = ('lr', 'tb', 'rl', 'bt')   # the direction of each channel group in the published models
@@ -48,6 +49,12 @@ class ReleasedMixer(nn.Module):
         self.norm, self.affinity = nn.LayerNorm(dim), ChannelAffinity(dim) if cam else None
         self.mamba = MambaMixer(dim, groups=len(directions), expand=1, d_state=1, scan=scan_along(directions, scan))
         self.skip_scale, self.proj = nn.Parameter(torch.ones(1)), GroupLinear(dim, dim)
+        self.directions, self.fusible = directions, cam and scan == 'own' and len(directions) == 4 and set(directions) <= set(FOUR)
+
+    def parts(self): # what `mixer_block` takes
+        a, m = self.affinity, self.mamba
+        return (self.norm.weight, self.norm.bias, a.fc1.weight, a.fc1.bias, a.fc2.weight, a.fc2.bias, m.in_proj.weight, m.conv.weight, m.conv.bias, m.x_proj.weight, m.dt_weight,
+                m.A_log, m.D, m.dt_bias, m.norm.weight, m.norm.bias, m.out_proj.weight, self.skip_scale, self.proj.weight, self.proj.bias)
 
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
@@ -90,8 +97,34 @@ class ReleasedBlock(nn.Module):
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
     )->Tensor: # image map (B, H, W, dim)
+        if self.mixer.fusible and (dtype := fused_dtype(x)): return self.fused(x, dtype)
         x = x + self.drop_path(self.mixer(x))
         return x + self.drop_path(self.ffn(self.norm(x)))
+
+    def fused(self,
+        x:Tensor, # image map (B, H, W, dim), or `widened`
+        dtype:torch.dtype, # 16 bits
+    )->Tensor: # same shape, in `dtype`
+        "The same by two operators."
+        units = self.units
+        plain = x.shape[-1] != 4*units[1]
+        x = widen(x.to(dtype), *units, (3,)) if plain else x.to(dtype)
+        m, f, scale = self.mixer, self.ffn, self.drop_path.factor
+        x = mixer_block(x, scale(x), m.parts(), m.norm.eps, m.mamba.norm.eps, m.directions)
+        x = ffn_block(x, scale(x), (self.norm.weight, self.norm.bias, f.fc1.weight, f.fc1.bias, f.dwconv.weight, f.dwconv.bias, f.fc2.weight, f.fc2.bias), self.norm.eps)
+        return narrow(x, *units, (3,)) if plain else x
+
+    @property
+    def units(self): # channels of a group, and the room they take in a fused block
+        unit = len(self.norm.weight)//4
+        return unit, widened(unit)
+
+class ReleasedStage(Stage):
+    "A stage of `ReleasedBlock`s: between fused blocks the map stays as they like it."
+    def run_blocks(self, x):
+        block = self.blocks[0] if len(self.blocks) else None
+        if not block or not block.mixer.fusible or not (dtype := fused_dtype(x)): return super().run_blocks(x)
+        return narrow(super().run_blocks(widen(x.to(dtype), *block.units, (3,))), *block.units, (3,))
 
 # %% ../nbs/07_released.ipynb #bc582349
 class ClassBlock(nn.Module):
@@ -132,7 +165,7 @@ class GroupMambaReleased(Classifier):
         distilled:bool=True, # a second head for a teacher's labels
     ):
         mixer = partial(ReleasedMixer, directions=directions, scan=scan, cam=cam)
-        stages = make_stages(dims, depths, mlp_ratios, partial(ReleasedBlock, mixer=mixer), drop_path_rate)
+        stages = make_stages(dims, depths, mlp_ratios, partial(ReleasedBlock, mixer=mixer), drop_path_rate, ReleasedStage)
         super().__init__(in_chans, Stem(in_chans, stem_dim, dims[0], kernels=(7, 3, 3)), stages, num_classes, global_pool, drop_rate, distilled)
         self.class_block, self.norm, stages[-1].norm = ClassBlock(dims[-1], mlp_ratios[-1], mixer), stages[-1].norm, nn.Identity()
         self.apply(init_weights)
