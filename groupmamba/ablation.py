@@ -12,13 +12,13 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'draw_methods', 'draw_figure1', 'AblateConfig', 'picture', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
-import io, statistics
+import io, shutil, statistics
 import numpy as np
 import timm, torch
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,9 +26,10 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from timm.models import register_model
 from torch.utils.flop_counter import FlopCounterMode
+from .blocks import plain_form
 from .core import TABLE6
 from .data import Options, UserError, cache_dir, option, read_table
-from .grouped import DIRECTIONS
+from .grouped import EIGHT
 from .released import SIZES
 from .train import fit, make_config, make_parser, replacing, run_cli, setup, write_csv
 
@@ -36,7 +37,7 @@ from .train import fit, make_config, make_parser, replacing, run_cli, setup, wri
 VARIANTS = {  # constructor options of GroupMamba and GroupMambaReleased; the order of Fig. 4, Table 4, §8, Table 5
     'scan4d': dict(scan='all', cam=False), 'no_cam': dict(cam=False), 'full': {},
     'd1': dict(directions=('lr',)*4), 'd1d2': dict(directions=('lr', 'rl')*2), 'd1d3': dict(directions=('lr', 'tb')*2),
-    'g1': dict(directions=('lr',)), 'g2': dict(directions=('lr', 'rl')), 'g8': dict(directions=tuple(DIRECTIONS)[:8])}
+    'g1': dict(directions=('lr',)), 'g2': dict(directions=('lr', 'rl')), 'g8': dict(directions=EIGHT)}
 
 # %% ../nbs/14_ablation.ipynb #a14reg
 def register(
@@ -190,14 +191,14 @@ def images_per_s(
     rounds:int=20, # of which the median counts
     **options, # of the model
 )->float: # images a second
-    "Throughput on the GPU in bfloat16. Raises `UserError` where there is none."
+    "Throughput on the GPU in bfloat16, in the reference form of the blocks. Raises `UserError` where there is none."
     if not torch.cuda.is_available(): raise UserError('speed is measured on a GPU, and there is none')
     with torch.device('cuda'): net, x = create(model, **options).eval(), torch.randn(batch, 3, size, size)
     times = []
     for i in range(rounds + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        with torch.autocast('cuda', torch.bfloat16): net(x)
+        with plain_form(), torch.autocast('cuda', torch.bfloat16): net(x)
         end.record()
         end.synchronize()
         if i >= 5: times.append(start.elapsed_time(end)/1e3)       # the first five warm up
@@ -221,7 +222,7 @@ def few_digits(
     return (digits.images[first]*255/16).round().astype(np.uint8), digits.target[first]
 
 # %% ../nbs/14_ablation.ipynb #a14folder
-IMAGES = dict(mnist=mnist_images, few=few_digits)
+IMAGES = dict(mnist=mnist_images, digits=partial(few_digits, 100), few=few_digits)
 
 def image_folder(
     name:str, # key of `IMAGES`
@@ -252,11 +253,16 @@ class Study:
     images:str # key of `IMAGES`
     teacher:str # name for timm
     recipe:dict # options of `groupmamba_train`
+    teaching:dict # options in which the teacher's own lesson differs
 
-SHARED = dict(val_fraction=0.5, verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
+SHARED = dict(verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
 STUDIES = dict(
-    full=Study('mnist', 'regnety_004', SHARED | dict(img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2)),
-    reduced=Study('few', 'test_resnet', SHARED | dict(img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu')))
+    full=Study('mnist', 'regnety_004', SHARED | dict(
+        val_fraction=.5, img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2), dict(epochs=40)),
+    small=Study('digits', 'test_resnet', SHARED | dict(
+        val_fraction=.8, img_size=32, epochs=10, warmup_epochs=1, batch_size=64, lr=2e-3, accelerator='cpu'), dict(epochs=40)),
+    reduced=Study('few', 'test_resnet', SHARED | dict(
+        val_fraction=.5, img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu'), {}))
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
 def teacher_file(out:Path, study:str, seed:int)->Path: return Path(out)/f'teacher-{study}-{seed}.pt'
@@ -272,13 +278,17 @@ def learn(
     model, distill = LESSONS.get(lesson, (plan.teacher, 'none'))
     taught = dict(distill=distill, teacher=plan.teacher, teacher_checkpoint=str(teacher_file(out, study, seed)))
     if distill == 'none': taught = {}
+    recipe = plan.recipe | (plan.teaching if lesson == 'teacher' else {}) | taught
+    recipe |= dict(data=str(image_folder(plan.images)), model=model, seed=seed, stop_after=recipe['epochs'] - 1)
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = setup(make_config('digits', **plan.recipe, **taught, data=str(image_folder(plan.images)), model=model, seed=seed, out=folder))
-        run.val_loader = list(run.val_loader)                      # the same views every epoch: made once
-        if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
+        run = setup(make_config('digits', **recipe, out=folder))
+        views = list(run.val_loader)
+        for run.val_loader in views[:1], views:                    # up to the last epoch a glance will do; only that one counts
+            if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
         last = run.history[-1]
         if lesson == 'teacher':
-            with replacing(teacher_file(out, study, seed)) as temporary: (run.out/'last.pt').rename(temporary)
+            with replacing(teacher_file(out, study, seed)) as temporary: shutil.copyfile(run.out/'last.pt', temporary)
+    assert run.epoch == recipe['epochs']
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
     return dict(study=study, lesson=lesson, seed=seed, model=model, params=round(c.params, 4), mmacs=round(c.macs*1e3, 3),
                 top1=round(100*last['val_top1'], 3), train_loss=round(last['train_loss'], 4), epochs=run.epoch,
@@ -553,12 +563,17 @@ class AblateConfig(Options):
     table:str|None = option(None, 'which table; groups: the numbers of groups of section 8', choices=('1', '3', '4', '5', '6', 'groups'))
     figure:str|None = option(None, 'which figure; figure 5 is drawn by 14d_stability', choices=('1', '4'))
     full:bool = option(False, 'train on 2,500 digits of MNIST with five seeds and measure speed; needs a GPU')
-    seeds:int|None = option(None, 'how many seeds; none: 2, or 5 with --full', lo=1)
-    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, or 8 with --full', lo=0)
+    small:bool = option(False, "train on 200 of scikit-learn's digits with three seeds, on the CPU; a few minutes on two cores")
+    seeds:int|None = option(None, 'how many seeds; none: 2, 3 with --small, 5 with --full', lo=1)
+    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, 2 with --small, 8 with --full', lo=0)
     out:str = option('ablation', 'folder of the results and of the finished runs')
 
     def problems(self):
+        if self.full and self.small: return ['--full and --small exclude each other']
         return ['--full needs a GPU, and there is none'] if self.full and not torch.cuda.is_available() else []
+
+    @property
+    def study(self): return 'full' if self.full else 'small' if self.small else 'reduced'
 
     def wishes(self)->list[str]: # as `lessons_of` takes them
         "What is to be made: what was asked for, or everything."
@@ -576,13 +591,13 @@ def ablate(
     cfg:AblateConfig, # what to make
 )->dict: # its name → rows
     "Learn, measure, count; write CSV and PNG, each whole or not at all. Raises `UserError`."
-    study, out = 'full' if cfg.full else 'reduced', Path(cfg.out)
+    study, out = cfg.study, Path(cfg.out)
+    seeds, jobs = dict(reduced=(2, 0), small=(3, 2), full=(5, 8))[study]
     out.mkdir(parents=True, exist_ok=True)
     lessons = list(dict.fromkeys(k for w in cfg.wishes() for k in lessons_of(w)))
-    todo = wanted(study, lessons, cfg.seeds or (5 if cfg.full else 2), read_runs(out))
-    jobs = cfg.jobs if cfg.jobs is not None else 8*cfg.full
+    todo = wanted(study, lessons, cfg.seeds or seeds, read_runs(out))
     if todo: image_folder(STUDIES[study].images)                   # before several processes want it
-    lab, made = Lab(study, out, learn_all(todo, out, jobs), measure=cfg.full), {}
+    lab, made = Lab(study, out, learn_all(todo, out, jobs if cfg.jobs is None else cfg.jobs), measure=cfg.full), {}
     for what in cfg.wishes():
         made[what] = rows = table(what, lab)
         name = what.replace(' ', '-') if ' ' in what else f'table-{what}'
