@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from .scan import _pick, _scan_flops, _state_dtype
-from .fused import _conv, _conv_backward, _gated, _gated_grads, _gated_split, _new, _no_autocast, _no_second_derivative, _parameter
+from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _gated_split, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
 
 # %% ../nbs/02c_blocks.ipynb #02c00010
@@ -59,7 +59,7 @@ def narrow(
     return p
 
 # %% ../nbs/02c_blocks.ipynb #02c00020
-def _p2(n, least=16): return max(least, triton.next_power_of_2(n))
+def _p2(n, least=16): return max(least, _pow2(n))
 
 def _types(x):
     "Dtypes of sums and of products' factors. (Triton's interpreter knows no bfloat16 products.)"
@@ -84,7 +84,7 @@ def _wide_copy(p, dtype, unit, wide, dims):
     n, k = (p.shape[i]//unit*wide if i in dims else p.shape[i] for i in (0, 1))
     rows, cols = ((unit, wide) if i in dims else (p.shape[i], p.shape[i]) for i in (0, 1))
     out = p.new_empty(n, k, dtype=dtype)
-    with _on(p): _wider[(triton.cdiv(n*k, 1024),)](p.contiguous(), out, n*k, p.shape[1], k, UNIT_N=rows[0], WIDE_N=rows[1],
+    with _on(p): _wider[(_cdiv(n*k, 1024),)](p.contiguous(), out, n*k, p.shape[1], k, UNIT_N=rows[0], WIDE_N=rows[1],
                                                    UNIT_K=cols[0], WIDE_K=cols[1], BLOCK=1024)
     return out
 
@@ -112,7 +112,7 @@ def _tiles(x, unit, plan='rows'):
     "(B, L, C), rows and warps a program, tiles an image."
     b, l, c = len(x), x.shape[1]*x.shape[2], x.shape[3]
     bm, warps = PLANS[plan](unit, l)
-    return b, l, c, bm, warps, triton.cdiv(l, bm)
+    return b, l, c, bm, warps, _cdiv(l, bm)
 
 def _rows(x): return x.flatten(0, 2)
 
@@ -169,7 +169,7 @@ def norm_rows(x, gain, shift, eps, units=None):
     "LayerNorm of rows (M, C), and their mean and 1/deviation (M, 2). units: channels of a group and the room they take."
     (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
     y, stats = torch.empty_like(x), x.new_empty(m, 2, dtype=_state_dtype(x))
-    with _on(x): _rows_norm[(triton.cdiv(m, bm),)](x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
+    with _on(x): _rows_norm[(_cdiv(m, bm),)](x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
                                                    ST=_tl(_state_dtype(x)), num_warps=warps)
     return y, stats
 
@@ -229,7 +229,7 @@ def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     if k <= 128 and n >= 4*k and res is None and scale is None and units is None: return _wide(a, a, None, w, bias, y)
     bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
     given = [a if p is None else p for p in (bias, res, scale)]          # a kernel wants a pointer, even one it does not follow
-    with _on(a): _rows_gemm[(triton.cdiv(m, bm)*triton.cdiv(n, bn),)](
+    with _on(a): _rows_gemm[(_cdiv(m, bm)*_cdiv(n, bn),)](
         a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
         HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
         num_warps=warps, num_stages=stages)
@@ -240,7 +240,7 @@ def _wide(a, stats, norm, w, bias, y, units=None):
     "y = norm(a) wᵀ + bias for rows of at most 128 columns."
     (m, k), n, (gain, shift, eps) = a.shape, w.shape[0], norm or (a, a, 0.)
     bm, bn, warps, stages = PLANS['wide'](n, k)
-    with _on(a): _rows_wide[(triton.cdiv(m, bm),)](
+    with _on(a): _rows_wide[(_cdiv(m, bm),)](
         a, stats, gain, shift, w, a if bias is None else bias, y, m, n, k, eps, *w.stride(), BM=bm, BN=bn, BK=_p2(k), NORM=norm is not None,
         HAS_BIAS=bias is not None, **_units(units, k), **_types(a), num_warps=warps, num_stages=stages)
     return y
@@ -393,7 +393,7 @@ def _parts(x, n=1): return x.new_empty(n, min(528, x.shape[0]), 2, x.shape[1], d
 def norm_back(g, x, stats, gain, part, res=None, units=None):
     "res + the gradient of a LayerNorm's input from that of its output; shares of those of gain and shift go to `part`. Rows (M, C)."
     (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
-    rows = triton.cdiv(triton.cdiv(m, len(part)), bm)*bm
+    rows = _cdiv(_cdiv(m, len(part)), bm)*bm
     dx = torch.empty_like(x)
     with _on(x): _rows_norm_back[(len(part),)](
         g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, **_units(units, c), BM=bm, CP=_p2(c), RES=res is not None,
@@ -429,9 +429,9 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
     Grouped: dy (M, halves·groups·N) and a (M, groups·K) give (groups·halves·N, K)."""
     m, n, k = len(dy), dy.shape[1]//(groups*halves), a.shape[1]//groups
     bt, bn, bk, warps, stages = PLANS['wgrad'](n, k)
-    tiles, blocks = triton.cdiv(n, bn)*triton.cdiv(k, bk), groups*halves
-    rows = triton.cdiv(triton.cdiv(m, max(1, min(264//(tiles*blocks), m//256))), bt)*bt
-    shares = a.new_empty(triton.cdiv(m, rows), blocks*n*k + n*bias, dtype=_state_dtype(a))
+    tiles, blocks = _cdiv(n, bn)*_cdiv(k, bk), groups*halves
+    rows = _cdiv(_cdiv(m, max(1, min(264//(tiles*blocks), m//256))), bt)*bt
+    shares = a.new_empty(_cdiv(m, rows), blocks*n*k + n*bias, dtype=_state_dtype(a))
     with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](
         dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves,
         BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)

@@ -171,11 +171,15 @@ def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, 
         tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT, FAST).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
 
 # %% ../nbs/02b_fused.ipynb #c6964398
+def _cdiv(a, b): return -(-a//b)
+
+def _pow2(n): return 1 << max(0, n - 1).bit_length()     # the next power of 2; Triton's own takes ten times as long
+
 def _conv_plan(h, w, c, backward):
     "(columns, channels, rows, warps) of a program."
     if backward: cols, chans, rows, warps = (4, 32, h, 1) if w <= 14 else (4, 64, h, 2)
     else: cols, chans, rows, warps = (4, 128, 28, 4) if c >= 128 and w > 14 else (8, 64, 28, 4)
-    return min(cols, triton.next_power_of_2(w)), min(chans, triton.next_power_of_2(c)), min(rows, h), warps
+    return min(cols, _pow2(w)), min(chans, _pow2(c)), min(rows, h), warps
 
 def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
@@ -491,8 +495,8 @@ def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB:
 def _border_states(carry, reverse=False):
     "(B, K, N, D) from (B, K, 2, N, D)."
     b, k, _, n, d = carry.shape
-    borders, cb = carry.new_empty(b, k, n, d), min(64, triton.next_power_of_2(d))
-    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, triton.next_power_of_2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
+    borders, cb = carry.new_empty(b, k, n, d), min(64, _pow2(d))
+    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, _pow2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
     return borders
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
@@ -541,7 +545,7 @@ def _gated_launch(u, A, dt_weight, walks):
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
     k = -(-(h*w)//steps)
-    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, triton.next_power_of_2(r + 2*n)), T=steps, DB=max(16, triton.next_power_of_2(wide)),
+    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, _pow2(r + 2*n)), T=steps, DB=max(16, _pow2(wide)),
                 ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
 
@@ -666,7 +670,7 @@ def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weig
     gy, carry, norm, shares = _new(u), new(len(u), k, 2, n, u.shape[3]), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2))
     with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
     du = gy                                                                     # a tile of gy is read before its du takes its place
-    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=triton.next_power_of_2(n), **meta, num_warps=warps[3])
+    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=_pow2(n), **meta, num_warps=warps[3])
     return du, shares.sum(0), norm.sum(0)
 
 def _gated_split(shares, norm, x_proj, dt_weight, A):
