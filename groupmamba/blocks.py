@@ -707,11 +707,13 @@ def plain_form():
     finally: _PLAIN = before
 
 # %% ../nbs/02c_blocks.ipynb #02c00039
+_TRITON = find_spec('triton') is not None                                       # looked up once: torch.compile cannot trace the looking
+
 def fused_dtype(
     x:Tensor, # image map
 )->torch.dtype|None: # 16-bit dtype in which fused blocks would run; None: the reference form
     "The one place that chooses between the two forms of a block: fused on CUDA in 16 bits, where Triton is; the reference form otherwise."
-    if _PLAIN or not x.is_cuda or find_spec('triton') is None or torch.compiler.is_exporting(): return None
+    if _PLAIN or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
