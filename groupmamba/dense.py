@@ -6,7 +6,8 @@
 __all__ = ['SHAPES', 'PHOTOS', 'need', 'Pyramid', 'make_backbone', 'backbone_state', 'load_backbone', 'polygon', 'photographs',
            'photo_piece', 'texture', 'place_shape', 'draw_scene', 'scene_objects', 'DrawnScene', 'write_scenes',
            'scenes_folder', 'DenseData', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions', 'data_folder',
-           'gpu_wanted', 'DenseTask', 'Spared', 'Uncast', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs']
+           'gpu_wanted', 'DenseTask', 'Spared', 'Uncast', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs',
+           'task_command']
 
 # %% ../nbs/12_dense.ipynb #d05ff074
 import colorsys, json, os, tempfile
@@ -16,7 +17,7 @@ import groupmamba.core # noqa: F401 (registers our models with timm)
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from PIL import Image
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from .data import BadFiles, FolderReader, ImageData, Options, UserError, cache_dir, make_loader, names, option, stable_hash
 from .released import CheckpointError, from_released, read_checkpoint
-from .train import Task, ignore_signals, load_checkpoint, part_size, pick_weights
+from .train import Task, ignore_signals, load_checkpoint, make_parser, part_size, pick_weights, run_cli, train_command
 
 # %% ../nbs/12_dense.ipynb #89fe4195
 def need(package:str, # to import
@@ -413,6 +414,15 @@ def verbs(prog:str, # name of the command
         sys.stderr.write(f'{prog}: error: the first word must be one of {", ".join(commands)}, got {argv[0]!r}\n')
         raise SystemExit(2)
     return commands[next(iter(commands))](argv)
+
+def task_command(task:Task, # what is learnt
+                 about:str, # what training does
+                 others:dict, # verb → (options, function of them)
+                 argv:Sequence[str]|None): # arguments; none: what the user typed
+    "`train`, the default, and the other verbs of a task's command."
+    def other(verb, cls, main):
+        return lambda argv: run_cli(make_parser(cls, f'{task.prog} {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
+    verbs(task.prog, dict(train=partial(train_command, task, about), **{v: other(v, *how) for v, how in others.items()}), argv)
 
 # %% ../nbs/12_dense.ipynb #031f572f
 def __getattr__(name):

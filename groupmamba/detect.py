@@ -34,9 +34,8 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
-    gpu_wanted, load_dense, need, palette, tensor_of, verbs
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, \
-    run_cli, train_command
+    gpu_wanted, load_dense, need, palette, task_command, tensor_of
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric
 
 # %% ../nbs/12b_detect.ipynb #5b5acc65
 NORMS = dict(none=None, group=lambda c: nn.GroupNorm(min(32, c//4), c), batch=nn.BatchNorm2d) # in FPN and mask head
@@ -481,8 +480,5 @@ def predict_detection(cfg:DetectPredictConfig)->list[dict]: # what was found, pe
 # %% ../nbs/12b_detect.ipynb #476f57ec
 def detect_cli(argv:Sequence[str]|None=None): # arguments; none: what the user typed
     "`groupmamba_detect [train|eval|predict] ...`; without arguments: a small Mask R-CNN on drawn scenes."
-    def other(verb, cls, main):
-        return lambda argv: run_cli(make_parser(cls, f'{DETECTION.prog} {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
-    verbs(DETECTION.prog, dict(train=partial(train_command, DETECTION, 'Trains Mask R-CNN; leaves checkpoints, a table and a picture.'),
-                               eval=other('eval', DetectEvalConfig, evaluate_detection),
-                               predict=other('predict', DetectPredictConfig, predict_detection)), argv)
+    task_command(DETECTION, 'Trains Mask R-CNN; leaves checkpoints, a table and a picture.',
+                 dict(eval=(DetectEvalConfig, evaluate_detection), predict=(DetectPredictConfig, predict_detection)), argv)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from pathlib import Path
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,9 +25,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
-    load_dense, need, palette, tensor_of, verbs
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, make_parser, \
-    part_size, run_cli, train_command, write_csv
+    load_dense, need, palette, task_command, tensor_of
+from groupmamba.train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, part_size, \
+    write_csv
 
 # %% ../nbs/12c_segment.ipynb #7ddd7b20
 class UperNet(Spared, nn.Module):
@@ -457,8 +456,5 @@ def predict_segmentation(cfg:SegmentPredictConfig)->list[Tensor]: # class number
 # %% ../nbs/12c_segment.ipynb #fda57d6d
 def segment_cli(argv:Sequence[str]|None=None): # arguments; none: what the user typed
     "`groupmamba_segment [train|eval|predict] ...`; without arguments: a small UperNet on drawn scenes."
-    def other(verb, cls, main):
-        return lambda argv: run_cli(make_parser(cls, f'{SEGMENTATION.prog} {verb}', cls.__doc__), lambda given: main(cls(**given)), argv)
-    verbs(SEGMENTATION.prog, dict(train=partial(train_command, SEGMENTATION, 'Trains UperNet; leaves checkpoints, a table and a picture.'),
-                                  eval=other('eval', SegmentEvalConfig, evaluate_segmentation),
-                                  predict=other('predict', SegmentPredictConfig, predict_segmentation)), argv)
+    task_command(SEGMENTATION, 'Trains UperNet; leaves checkpoints, a table and a picture.',
+                 dict(eval=(SegmentEvalConfig, evaluate_segmentation), predict=(SegmentPredictConfig, predict_segmentation)), argv)
