@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RUNS', 'OURS', 'TABLE6_MODELS', 'PEERS', 'TimingOptions', 'Row', 'middle', 'step_times', 'overlaps', 'make_step',
            'resolve', 'run_once', 'run_or_fall_back', 'count_macs', 'device_text', 'build', 'describe', 'bench_model',
-           'BenchConfig', 'load_other', 'head_text', 'row_text', 'write_rows', 'bench_models', 'draw_rows', 'plot_rows',
-           'bench_cli']
+           'BenchConfig', 'load_other', 'head_text', 'row_text', 'write_rows', 'read_rows', 'bench_models', 'draw_rows',
+           'plot_rows', 'bench_cli']
 
 # %% ../nbs/13_bench.ipynb #13bc0003
 import copy
+import csv
 import gc
 import importlib
 import importlib.util
@@ -343,6 +344,13 @@ def write_rows(
 ):
     "The rows as a table. Raises `UserError` if the disk refuses."
     write_csv(Path(path), [asdict(r) for r in rows])
+
+def read_rows(
+    path:str|Path, # CSV file
+)->list: # of `Row`
+    "What `write_rows` wrote."
+    blank = asdict(Row('', ''))
+    with open(path, newline='') as f: return [Row(**{k: type(blank[k])(v) for k, v in r.items()}) for r in csv.DictReader(f)]
 
 def bench_models(
     names:Sequence|None=None, # that timm knows; None: those of `config`
