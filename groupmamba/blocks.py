@@ -532,10 +532,10 @@ def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, BM: tl.co
 def _sums(pid, out, shares, S, size, N, K, rate, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr,
     TURN: tl.constexpr, LOG: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
     "Sums of shares (S, N·K), the rows of which are `size` apart, as a matrix (N, K) without room between groups; (K, N) if TURN. LOG: times -exp(rate)."
-    j, rows, cols = pid*BC + tl.arange(0, BC), N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K
+    rows, cols = N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K
     blocks = tl.cdiv(N*K, BC)
     if (pid >= 0) & (pid < blocks):
-        acc = tl.zeros((BS, BC), ST)
+        j, acc = pid*BC + tl.arange(0, BC), tl.zeros((BS, BC), ST)
         for i in range(0, S, BS):
             s = i + tl.arange(0, BS)
             acc += tl.load(shares + (s.to(tl.int64)[:,None]*size + j[None]), mask=(s < S)[:,None] & (j < N*K)[None], other=0)
@@ -558,15 +558,16 @@ def _tap_sums(pid, out, shares, S, C, UNIT: tl.constexpr, WIDE: tl.constexpr, ST
 
 # %% ../nbs/02c_blocks.ipynb #02c00148
 @triton.jit
-def _gate_sums(pid, out, h, dh, d, m, B, R, C, RP: tl.constexpr, ST: tl.constexpr):
+def _gate_sums(pid, out, h, dh, d, m, B, R, C, ST: tl.constexpr):
     "Gradients of fc1 (R, C), its bias, fc2 (C, R) and its bias."
-    blocks, j, i, c = tl.cdiv(C, 32), tl.arange(0, RP), tl.arange(0, 32), pid*32 + tl.arange(0, 32)
+    i, pieces, blocks = tl.arange(0, 32), tl.cdiv(R, 32), tl.cdiv(R, 32)*tl.cdiv(C, 32)
     bias1 = out + tl.cdiv(R*C, 32)*32
     fc2 = bias1 + tl.cdiv(R, 32)*32
     bias2 = fc2 + tl.cdiv(R*C, 32)*32
     if (pid >= 0) & (pid < blocks):
-        in_c, in_j = c < C, j < R
-        d1, d2, s1, s2 = tl.zeros((RP, 32), ST), tl.zeros((RP, 32), ST), tl.zeros((RP,), ST), tl.zeros((32,), ST)
+        j, c = pid % pieces*32 + i, pid//pieces*32 + i
+        in_j, in_c = j < R, c < C
+        d1, d2, s1, s2 = tl.zeros((32, 32), ST), tl.zeros((32, 32), ST), tl.zeros((32,), ST), tl.zeros((32,), ST)
         for b0 in range(0, B, 32):
             b = (b0 + i)[:,None]
             hidden, channels = (b < B) & in_j[None], (b < B) & in_c[None]
@@ -577,21 +578,21 @@ def _gate_sums(pid, out, h, dh, d, m, B, R, C, RP: tl.constexpr, ST: tl.constexp
         mask = in_j[:,None] & in_c[None]
         tl.store(out + j[:,None]*C + c[None], d1.to(out.dtype.element_ty), mask=mask)
         tl.store(fc2 + c[None]*R + j[:,None], d2.to(out.dtype.element_ty), mask=mask)
-        tl.store(bias1 + j, s1.to(out.dtype.element_ty), mask=in_j & (pid == 0))
-        tl.store(bias2 + c, s2.to(out.dtype.element_ty), mask=in_c)
+        tl.store(bias1 + j, s1.to(out.dtype.element_ty), mask=in_j & (pid//pieces == 0))
+        tl.store(bias2 + c, s2.to(out.dtype.element_ty), mask=in_c & (pid % pieces == 0))
     return pid - blocks, bias2 + tl.cdiv(C, 32)*32
 
 # %% ../nbs/02c_blocks.ipynb #02c00149
 @triton.jit
 def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A_log, out, P, B, S_in, S_taps, S_scan, S_out, S_w, C, R,
-    RANK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, RP: tl.constexpr, ST: tl.constexpr):
+    RANK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
     "The gradients of a mixer's parameters, in their order."
     pid, real = tl.program_id(0), C//WIDE*UNIT
     width, dt = real*(2*RANK + 3*N + 2), scan + real*(RANK + 2*N)
     dA = dt + real*RANK
     pid, out = _vector_sums(pid, out, norm, P, 2*C, C, UNIT, WIDE, ST)
     pid, out = _vector_sums(pid, out, norm + C, P, 2*C, C, UNIT, WIDE, ST)
-    pid, out = _gate_sums(pid, out, h, dh, d, m, B, R, real, RP, ST)
+    pid, out = _gate_sums(pid, out, h, dh, d, m, B, R, real, ST)
     pid, out = _sums(pid, out, dw_in, S_in, 2*C*WIDE, 2*C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
     pid, out = _tap_sums(pid, out, taps, S_taps, C, UNIT, WIDE, ST)
     pid, out = _vector_sums(pid, out, scan, S_scan, width, real*(RANK + 2*N), 1, 1, ST)
@@ -619,34 +620,40 @@ def _ffn_sums(norm, dw1, taps, dw2, out, P, S1, S_taps, S2, C, M, UNIT: tl.const
     pid, out = _vector_sums(pid, out, dw2 + size, S2, size + C, C, UNIT, WIDE, ST)
 
 # %% ../nbs/02c_blocks.ipynb #02c0014a
-def _room(params): return [-(-p.numel()//32)*32 for p in params]        # places of gradients in a flat tensor, aligned
+def _room(p): return -(-p.numel()//32)*32                               # the place of a gradient in a flat tensor, aligned
 
 def _flat(params, x):
     "A tensor for the gradients of all parameters, in their dtype if they agree, else in that of the sums."
     dtypes = {p.dtype for p in params}
-    return x.new_empty(sum(_room(params)), dtype=dtypes.pop() if len(dtypes) == 1 else _state_dtype(x))
+    return x.new_empty(sum(map(_room, params)), dtype=dtypes.pop() if len(dtypes) == 1 else _state_dtype(x))
 
 def _grads(flat, params):
     "The gradient of every parameter in what `mixer_backward` and `ffn_backward` return."
-    sizes = [n for p, r in zip(params, _room(params)) for n in (p.numel(), r - p.numel())]
-    return [g.view(p.shape).to(p.dtype) for g, p in zip(flat.split(sizes)[::2], params)]
+    out, at = [], 0
+    for p in params:
+        out.append(flat.as_strided(p.shape, p.stride(), at) if p.is_contiguous() else flat[at:at + p.numel()].view(p.shape))
+        at += _room(p)
+    return [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(out, params)]
 
+# %% ../nbs/02c_blocks.ipynb #02c0014b
 def _programs(vectors, matrices): return sum(_cdiv(n, 32) for n in vectors) + sum(_cdiv(n, 128) for n in matrices)
 
 def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw, wide):
     "Gradients of all parameters of a mixer from shares, and for the gate from numbers of every image."
-    real, (n, r), rank, c, unit = len(params[0]), (params[11].shape[1], len(params[3])), params[10].shape[1], 4*wide, len(params[0])//4
-    out, P = _flat(params, norm), norm.shape[0]*norm.shape[1]
-    grid = _programs([c, c, real, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c], [2*c*wide, c*wide, c*c])
-    with _on(out): _mixer_sums[(grid,)](norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, params[11].contiguous(), out, P, len(skip), len(dw_in), len(taps), len(scan),
-                                        len(dw_out), len(dw), c, r, RANK=rank, N=n, UNIT=unit, WIDE=wide, RP=_p2(r), ST=_tl(norm.dtype), num_warps=8)
+    real, r, rank, n, c = len(params[0]), len(params[3]), params[10].shape[1], params[11].shape[1], 4*wide
+    grid = _programs([c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c], [2*c*wide, c*wide, c*c]) + _cdiv(r, 32)*_cdiv(real, 32)
+    shares, counts = (dw_in, taps, scan, small, dw_out, skip, dw), (norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw)))
+    out = _flat(params, norm)
+    with _on(out): _mixer_sums[(grid,)](norm, *gate, *shares, params[11].contiguous(), out, *counts, c, r, RANK=rank, N=n, UNIT=real//4, WIDE=wide,
+                                        ST=_tl(norm.dtype), num_warps=8)
     return out
 
 def _ffn_finish(params, norm, dw1, taps, dw2, wide):
     "Gradients of all parameters of an FFN from shares."
-    c, m, out, P = 4*wide, len(params[3]), _flat(params, norm), norm.shape[0]*norm.shape[1]
-    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], [m*c, m*c]),)](norm, dw1, taps, dw2, out, P, len(dw1), len(taps), len(dw2), c, m,
-                                                                        UNIT=len(params[0])//4, WIDE=wide, ST=_tl(norm.dtype), num_warps=8)
+    c, m, out = 4*wide, len(params[3]), _flat(params, norm)
+    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], [m*c, m*c]),)](
+        norm, dw1, taps, dw2, out, norm.shape[0]*norm.shape[1], len(dw1), len(taps), len(dw2), c, m, UNIT=len(params[0])//4, WIDE=wide,
+        ST=_tl(norm.dtype), num_warps=8)
     return out
 
 # %% ../nbs/02c_blocks.ipynb #02c0002c
