@@ -532,19 +532,21 @@ def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, BM: tl.co
 def _sums(pid, out, shares, S, size, N, K, rate, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr,
     TURN: tl.constexpr, LOG: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
     "Sums of shares (S, N·K), the rows of which are `size` apart, as a matrix (N, K) without room between groups; (K, N) if TURN. LOG: times -exp(rate)."
-    rows, cols = N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K
-    blocks = tl.cdiv(N*K, BC)
-    if (pid >= 0) & (pid < blocks):
-        j, acc = pid*BC + tl.arange(0, BC), tl.zeros((BS, BC), ST)
-        for i in range(0, S, BS):
-            s = i + tl.arange(0, BS)
-            acc += tl.load(shares + (s.to(tl.int64)[:,None]*size + j[None]), mask=(s < S)[:,None] & (j < N*K)[None], other=0)
-        n, in_n = _parameter(j//K, j < N*K, UNIT_N, WIDE_N)
-        k, in_k = _parameter(j % K, in_n, UNIT_K, WIDE_K)
-        at, total = k*rows + n if TURN else n*cols + k, tl.sum(acc, 0)
-        if LOG: total *= -tl.exp(tl.load(rate + at, mask=in_k, other=0).to(ST))
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=in_k)
-    return pid - blocks, out + tl.cdiv(rows*cols, 32)*32
+    if pid >= 0:
+        rows, cols, blocks = N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K, (N*K + BC - 1)//BC
+        if pid < blocks:
+            j, acc = pid*BC + tl.arange(0, BC), tl.zeros((BS, BC), ST)
+            for i in range(0, S, BS):
+                s = i + tl.arange(0, BS)
+                acc += tl.load(shares + (s.to(tl.int64)[:,None]*size + j[None]), mask=(s < S)[:,None] & (j < N*K)[None], other=0)
+            n, in_n = _parameter(j//K, j < N*K, UNIT_N, WIDE_N)
+            k, in_k = _parameter(j % K, in_n, UNIT_K, WIDE_K)
+            at, total = k*rows + n if TURN else n*cols + k, tl.sum(acc, 0)
+            if LOG: total *= -tl.exp(tl.load(rate + at, mask=in_k, other=0).to(ST))
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=in_k)
+        pid -= blocks
+        out += (rows*cols + 31)//32*32
+    return pid, out
 
 @triton.jit
 def _vector_sums(pid, out, shares, S, size, K, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
@@ -560,27 +562,29 @@ def _tap_sums(pid, out, shares, S, C, UNIT: tl.constexpr, WIDE: tl.constexpr, ST
 @triton.jit
 def _gate_sums(pid, out, h, dh, d, m, B, R, C, ST: tl.constexpr):
     "Gradients of fc1 (R, C), its bias, fc2 (C, R) and its bias."
-    i, pieces, blocks = tl.arange(0, 32), tl.cdiv(R, 32), tl.cdiv(R, 32)*tl.cdiv(C, 32)
-    bias1 = out + tl.cdiv(R*C, 32)*32
-    fc2 = bias1 + tl.cdiv(R, 32)*32
-    bias2 = fc2 + tl.cdiv(R*C, 32)*32
-    if (pid >= 0) & (pid < blocks):
-        j, c = pid % pieces*32 + i, pid//pieces*32 + i
-        in_j, in_c = j < R, c < C
-        d1, d2, s1, s2 = tl.zeros((32, 32), ST), tl.zeros((32, 32), ST), tl.zeros((32,), ST), tl.zeros((32,), ST)
-        for b0 in range(0, B, 32):
-            b = (b0 + i)[:,None]
-            hidden, channels = (b < B) & in_j[None], (b < B) & in_c[None]
-            g1, g2 = tl.load(dh + b*R + j[None], mask=hidden, other=0), tl.load(d + b*C + c[None], mask=channels, other=0)
-            d1 += tl.dot(tl.trans(g1), tl.load(m + b*C + c[None], mask=channels, other=0), input_precision='ieee')
-            d2 += tl.dot(tl.trans(tl.load(h + b*R + j[None], mask=hidden, other=0)), g2, input_precision='ieee')
-            s1 += tl.sum(g1, 0); s2 += tl.sum(g2, 0)
-        mask = in_j[:,None] & in_c[None]
-        tl.store(out + j[:,None]*C + c[None], d1.to(out.dtype.element_ty), mask=mask)
-        tl.store(fc2 + c[None]*R + j[:,None], d2.to(out.dtype.element_ty), mask=mask)
-        tl.store(bias1 + j, s1.to(out.dtype.element_ty), mask=in_j & (pid//pieces == 0))
-        tl.store(bias2 + c, s2.to(out.dtype.element_ty), mask=in_c & (pid % pieces == 0))
-    return pid - blocks, bias2 + tl.cdiv(C, 32)*32
+    if pid >= 0:
+        pieces, matrix = (R + 31)//32, (R*C + 31)//32*32
+        blocks, bias1, fc2, bias2 = pieces*((C + 31)//32), out + matrix, out + (matrix + pieces*32), out + (2*matrix + pieces*32)
+        if pid < blocks:
+            i = tl.arange(0, 32)
+            j, c = pid % pieces*32 + i, pid//pieces*32 + i
+            in_j, in_c = j < R, c < C
+            d1, d2, s1, s2 = tl.zeros((32, 32), ST), tl.zeros((32, 32), ST), tl.zeros((32,), ST), tl.zeros((32,), ST)
+            for b0 in range(0, B, 32):
+                b = (b0 + i)[:,None]
+                hidden, channels = (b < B) & in_j[None], (b < B) & in_c[None]
+                g1, g2 = tl.load(dh + b*R + j[None], mask=hidden, other=0), tl.load(d + b*C + c[None], mask=channels, other=0)
+                d1 += tl.dot(tl.trans(g1), tl.load(m + b*C + c[None], mask=channels, other=0), input_precision='ieee')
+                d2 += tl.dot(tl.trans(tl.load(h + b*R + j[None], mask=hidden, other=0)), g2, input_precision='ieee')
+                s1 += tl.sum(g1, 0); s2 += tl.sum(g2, 0)
+            mask = in_j[:,None] & in_c[None]
+            tl.store(out + j[:,None]*C + c[None], d1.to(out.dtype.element_ty), mask=mask)
+            tl.store(fc2 + c[None]*R + j[:,None], d2.to(out.dtype.element_ty), mask=mask)
+            tl.store(bias1 + j, s1.to(out.dtype.element_ty), mask=in_j & (pid//pieces == 0))
+            tl.store(bias2 + c, s2.to(out.dtype.element_ty), mask=in_c & (pid % pieces == 0))
+        pid -= blocks
+        out += 2*matrix + (pieces + (C + 31)//32)*32
+    return pid, out
 
 # %% ../nbs/02c_blocks.ipynb #02c00149
 @triton.jit
