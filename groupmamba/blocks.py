@@ -75,7 +75,8 @@ def _wider(p, out, i, N, K, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.con
     tl.store(out + i, tl.load(p + row*k + col, mask=in_k, other=0).to(out.dtype.element_ty), mask=i < N*K)
 
 @triton.jit
-def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr):
     "The same for up to three matrices, one behind the other; two bits of DIMS for each."
     i, which = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     if which == 0: _wider(p0, out, i, n0, k0, DIMS & 3, UNIT, WIDE)
@@ -502,7 +503,7 @@ def _gate_back(q, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mea
 
 # %% ../nbs/02c_blocks.ipynb #02c0112c
 def _gate_grads(q, x, mean, gate, w1, b1, w2, skip, unit):
-    "Gradients of every image's mean (B, C); its hidden units, their gradients, those of the sigmoid's argument, its mean; shares of that of skip."
+    "Of every image: the gradient of its mean; its hidden units, their gradients, those of the sigmoid's argument, its mean; a share of that of skip."
     (b, tiles, c), r, l = q.shape, len(b1), x.shape[1]*x.shape[2]
     real = w1.shape[1]
     dmean, h, dh, d, m, dskip = (q.new_empty(b, k) for k in (c, r, r, real, real, 1))
@@ -531,7 +532,8 @@ def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, BM: tl.co
 @triton.jit
 def _sums(pid, out, shares, S, size, N, K, rate, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr,
     TURN: tl.constexpr, LOG: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
-    "Sums of shares (S, N·K), the rows of which are `size` apart, as a matrix (N, K) without room between groups; (K, N) if TURN. LOG: times -exp(rate)."
+    """Sums of shares (S, N·K), the rows of which are `size` apart, as a matrix (N, K) without room between groups; (K, N) if TURN.
+    LOG: times -exp(rate)."""
     if pid >= 0:
         rows, cols, blocks = N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K, (N*K + BC - 1)//BC
         if pid < blocks:
@@ -645,11 +647,12 @@ def _programs(vectors, matrices): return sum(_cdiv(n, 32) for n in vectors) + su
 def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw, wide):
     "Gradients of all parameters of a mixer from shares, and for the gate from numbers of every image."
     real, r, rank, n, c = len(params[0]), len(params[3]), params[10].shape[1], params[11].shape[1], 4*wide
-    grid = _programs([c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c], [2*c*wide, c*wide, c*c]) + _cdiv(r, 32)*_cdiv(real, 32)
-    shares, counts = (dw_in, taps, scan, small, dw_out, skip, dw), (norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw)))
-    out = _flat(params, norm)
-    with _on(out): _mixer_sums[(grid,)](norm, *gate, *shares, params[11].contiguous(), out, *counts, c, r, RANK=rank, N=n, UNIT=real//4, WIDE=wide,
-                                        ST=_tl(norm.dtype), num_warps=8)
+    vectors = [c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c]
+    grid, out = _programs(vectors, [2*c*wide, c*wide, c*c]) + _cdiv(r, 32)*_cdiv(real, 32), _flat(params, norm)
+    counts = norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw))
+    with _on(out): _mixer_sums[(grid,)](
+        norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, params[11].contiguous(), out, *counts, c, r, RANK=rank, N=n, UNIT=real//4,
+        WIDE=wide, ST=_tl(norm.dtype), num_warps=8)
     return out
 
 def _ffn_finish(params, norm, dw1, taps, dw2, wide):
