@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from .scan import _pick, _scan_flops, _state_dtype
-from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _gated_split, _new, _no_autocast, _no_second_derivative, _parameter
+from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
 
 # %% ../nbs/02c_blocks.ipynb #02c00010
@@ -67,34 +67,43 @@ def _types(x):
 
 # %% ../nbs/02c_blocks.ipynb #02c0001f
 @triton.jit
-def _wider(p, out, size, K, KP, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr,
+def _wider(p, out, i, N, K, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    "Numbers i of a matrix (N, K) with room between its groups of rows (DIMS 1), of columns (2) or of both (3), from one without."
+    row, in_n = _parameter(i//K, i < N*K, UNIT if DIMS & 1 else 1, WIDE if DIMS & 1 else 1)
+    col, in_k = _parameter(i % K, in_n, UNIT if DIMS & 2 else 1, WIDE if DIMS & 2 else 1)
+    k = K//WIDE*UNIT if DIMS & 2 else K
+    tl.store(out + i, tl.load(p + row*k + col, mask=in_k, other=0).to(out.dtype.element_ty), mask=i < N*K)
+
+@triton.jit
+def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr):
-    "A matrix (N, K) with its groups of rows and of columns filled up with zeros, in another dtype."
-    i = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
-    n, k = i//KP, i % KP
-    row, in_n = _parameter(n, i < size, UNIT_N, WIDE_N)
-    col, in_k = _parameter(k, in_n, UNIT_K, WIDE_K)
-    tl.store(out + i, tl.load(p + row*K + col, mask=in_k, other=0).to(out.dtype.element_ty), mask=i < size)
+    "The same for up to three matrices, one behind the other; two bits of DIMS for each."
+    i, which = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    if which == 0: _wider(p0, out, i, n0, k0, DIMS & 3, UNIT, WIDE)
+    if which == 1: _wider(p1, out + n0*k0, i, n1, k1, (DIMS >> 2) & 3, UNIT, WIDE)
+    if which == 2: _wider(p2, out + (n0*k0 + n1*k1), i, n2, k2, (DIMS >> 4) & 3, UNIT, WIDE)
 
 # %% ../nbs/02c_blocks.ipynb #02c00029
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensions of a block's matrices consist of groups
 
-def _wide_copy(p, dtype, unit, wide, dims):
-    "A matrix in another dtype, with room between its groups along `dims`."
-    n, k = (p.shape[i]//unit*wide if i in dims else p.shape[i] for i in (0, 1))
-    rows, cols = ((unit, wide) if i in dims else (p.shape[i], p.shape[i]) for i in (0, 1))
-    out = p.new_empty(n, k, dtype=dtype)
-    with _on(p): _wider[(_cdiv(n*k, 1024),)](p.contiguous(), out, n*k, p.shape[1], k, UNIT_N=rows[0], WIDE_N=rows[1],
-                                                   UNIT_K=cols[0], WIDE_K=cols[1], BLOCK=1024)
+def _wide_shapes(params, unit, wide, dims):
+    return [tuple(s//unit*wide if i in d else s for i, s in enumerate(p.shape)) for p, d in zip(params, dims)]
+
+def _ready(params, dtype, unit, wide, dims):
+    "Two or three matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
+    shapes = _wide_shapes(params, unit, wide, dims)
+    sizes, ps = [n*k for n, k in shapes], [p.contiguous() for p in params]
+    out = ps[0].new_empty(sum(sizes), dtype=dtype)
+    more = [ps[0]] if len(ps) == 2 else []
+    with _on(out): _all_wider[(_cdiv(max(sizes), 1024), len(ps))](
+        *ps, *more, out, *(s for shape in shapes for s in shape), *(0, 1)*len(more),
+        DIMS=sum((1 << i) << 2*j for j, d in enumerate(dims) for i in d), UNIT=unit, WIDE=wide, BLOCK=1024)
     return out
 
-def _cast(params, dtype, unit, wide, dims):
-    "Matrices in the dtype of the products, with room between groups along `dims` of each."
-    if wide != unit: return [_wide_copy(p, dtype, unit, wide, d) for p, d in zip(params, dims)]
-    if all(p.dtype == dtype for p in params): return [p.contiguous() for p in params]
-    out = [torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) for p in params]
-    torch._foreach_copy_(out, list(params))
-    return out
+def _taken(flat, params, unit, wide, dims):
+    "The matrices in what `_ready` makes of `params`."
+    shapes = _wide_shapes(params, unit, wide, dims)
+    return [m.view(s) for m, s in zip(flat.split([n*k for n, k in shapes]), shapes)]
 
 # %% ../nbs/02c_blocks.ipynb #02c00021
 PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
@@ -116,7 +125,9 @@ def _tiles(x, unit, plan='rows'):
 
 def _rows(x): return x.flatten(0, 2)
 
-def _scaled(dy, scale): return _rows(dy if scale is None else (dy*scale.view(-1, 1, 1, 1)).to(dy.dtype))
+def _scaled(dy, scale):
+    "Rows of scale·dy, rounded once."
+    return _rows(dy if scale is None else torch.mul(dy, scale.view(-1, 1, 1, 1), out=_new(dy)))
 
 # %% ../nbs/02c_blocks.ipynb #02c00011
 @triton.jit
@@ -337,30 +348,34 @@ def _rows_mix(v, x, stats, gain, shift, w, skip, gate, t, L, C, tiles, UNIT: tl.
 # %% ../nbs/02c_blocks.ipynb #02c0002b
 def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias,
                   eps, geps, walks):
-    "y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image and its gate."
+    """y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image, its gate, and the
+    matrices as products take them."""
     wide = x.shape[3]//len(walks)
     unit = len(gain)//len(walks)
     units = unit, wide
-    w_in, w_out, w = _cast((w_in, w_out, w), x.dtype, *units, MIXER_DIMS)
+    matrices = w_in, w_out, w
+    ready = _ready(matrices, x.dtype, *units, MIXER_DIMS)
+    w_in, w_out, w = _taken(ready, matrices, *units, MIXER_DIMS)
     b, l, c, bm, warps, tiles = _tiles(x, wide)
     zx, stats, mean, gate = _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide)
     u = _conv(zx[...,:c], k, kb, 'silu', unit=unit if wide > unit else None)
-    v, borders = _gated(u, zx, x_proj, dt_w, -torch.exp(A_log), D, dt_b, ng, nb, geps, walks)
+    v, borders = _gated(u, zx, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, log=True)
     t = _new(x)
     with _on(x): _rows_mix[(b*tiles, len(walks))](v, x, stats, gain, shift, w_out, skip, gate, t, l, c, tiles, BM=bm, UP=_p2(wide),
                                                   UNIT=unit, WIDE=wide, **_types(x), num_warps=warps)
     tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
     y = gemm(tn, w, bias, _rows(x), scale, l, units)
-    return y.view_as(x), zx, u, borders, v, t, stats, tstats, mean, gate
+    return y.view_as(x), zx, u, borders, v, t, stats, tstats, mean, gate, ready
 
 # %% ../nbs/02c_blocks.ipynb #02c0002e
 def ffn_forward(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
-    "y, and for the backward pass h and the statistics of x."
+    "y, and for the backward pass h, the statistics of x, and the matrices as products take them."
     units, l = (len(gain)//4, x.shape[3]//4), x.shape[1]*x.shape[2]
-    w1, w2 = _cast((w1, w2), x.dtype, *units, FFN_DIMS)
+    ready = _ready((w1, w2), x.dtype, *units, FFN_DIMS)
+    w1, w2 = _taken(ready, (w1, w2), *units, FFN_DIMS)
     h, stats = norm_gemm(_rows(x), (gain, shift, eps), w1, b1, units)
     h = h.view(*x.shape[:3], -1)
-    return gemm(_rows(_conv(h, k, kb, 'gelu')), w2, b2, _rows(x), scale, l, units).view_as(x), h, stats
+    return gemm(_rows(_conv(h, k, kb, 'gelu')), w2, b2, _rows(x), scale, l, units).view_as(x), h, stats, ready
 
 # %% ../nbs/02c_blocks.ipynb #02c0001d
 @triton.jit
@@ -425,7 +440,7 @@ def _rows_wgrad(dy, a, shares, M, rows, sdy, sa, N: tl.constexpr, K: tl.constexp
 
 # %% ../nbs/02c_blocks.ipynb #02c00026
 def wgrad(dy, a, bias=False, groups=1, halves=1):
-    """dyᵀ a in float32, (N, K), and behind it, in the same flat tensor, the column sums of dy if `bias`.
+    """Shares (S, numbers) of dyᵀ a in float32, (N, K), and behind it of the column sums of dy if `bias`.
     Grouped: dy (M, halves·groups·N) and a (M, groups·K) give (groups·halves·N, K)."""
     m, n, k = len(dy), dy.shape[1]//(groups*halves), a.shape[1]//groups
     bt, bn, bk, warps, stages = PLANS['wgrad'](n, k)
@@ -435,7 +450,7 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
     with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](
         dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves,
         BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)
-    return shares.sum(0)
+    return shares
 
 # %% ../nbs/02c_blocks.ipynb #02c0001b
 @triton.jit
@@ -488,13 +503,13 @@ def _gate_back(q, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mea
 
 # %% ../nbs/02c_blocks.ipynb #02c0112c
 def _gate_grads(q, x, mean, gate, w1, b1, w2, skip, unit):
-    "Gradients of every image's mean (B, C), of the gate's fc1 and its bias, fc2 and its bias, and the images' shares of that of skip."
+    "Of every image: the gradient of its mean; its hidden units, their gradients, those of the sigmoid's argument, its mean; a share of that of skip."
     (b, tiles, c), r, l = q.shape, len(b1), x.shape[1]*x.shape[2]
     real = w1.shape[1]
     dmean, h, dh, d, m, dskip = (q.new_empty(b, k) for k in (c, r, r, real, real, 1))
     with _on(x): _gate_back[(b,)](q, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, l, c, r, tiles, CP=_p2(c), RP=_p2(r),
                                   UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
-    with _no_autocast(x): return dmean, (dh.t() @ m, dh.sum(0), d.t() @ h, d.sum(0)), dskip
+    return dmean, (h, dh, d, m), dskip
 
 # %% ../nbs/02c_blocks.ipynb #02c0001c
 @triton.jit
@@ -513,13 +528,149 @@ def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, BM: tl.co
     s += tl.load(dmean + b*C + c, mask=in_u, other=0).to(ST)[None]/L + tl.load(dxn + at, mask=mask, other=0).to(ST)
     tl.store(dxn + at, s.to(dxn.dtype.element_ty), mask=mask)
 
+# %% ../nbs/02c_blocks.ipynb #02c00147
+@triton.jit
+def _sums(pid, out, shares, S, size, N, K, rate, UNIT_N: tl.constexpr, WIDE_N: tl.constexpr, UNIT_K: tl.constexpr, WIDE_K: tl.constexpr,
+    TURN: tl.constexpr, LOG: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
+    """Sums of shares (S, N·K), the rows of which are `size` apart, as a matrix (N, K) without room between groups; (K, N) if TURN.
+    LOG: times -exp(rate)."""
+    if pid >= 0:
+        rows, cols, blocks = N//WIDE_N*UNIT_N, K//WIDE_K*UNIT_K, (N*K + BC - 1)//BC
+        if pid < blocks:
+            j, acc = pid*BC + tl.arange(0, BC), tl.zeros((BS, BC), ST)
+            for i in range(0, S, BS):
+                s = i + tl.arange(0, BS)
+                acc += tl.load(shares + (s.to(tl.int64)[:,None]*size + j[None]), mask=(s < S)[:,None] & (j < N*K)[None], other=0)
+            n, in_n = _parameter(j//K, j < N*K, UNIT_N, WIDE_N)
+            k, in_k = _parameter(j % K, in_n, UNIT_K, WIDE_K)
+            at, total = k*rows + n if TURN else n*cols + k, tl.sum(acc, 0)
+            if LOG: total *= -tl.exp(tl.load(rate + at, mask=in_k, other=0).to(ST))
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=in_k)
+        pid -= blocks
+        out += (rows*cols + 31)//32*32
+    return pid, out
+
+@triton.jit
+def _vector_sums(pid, out, shares, S, size, K, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+    return _sums(pid, out, shares, S, size, 1, K, out, 1, 1, UNIT, WIDE, False, False, 128, 32, ST)
+
+@triton.jit
+def _tap_sums(pid, out, shares, S, C, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+    "Of nine taps and the bias, (10, C)."
+    pid, out = _sums(pid, out, shares, S, 10*C, 9, C, out, 1, 1, UNIT, WIDE, True, False, 128, 32, ST)
+    return _vector_sums(pid, out, shares + 9*C, S, 10*C, C, UNIT, WIDE, ST)
+
+# %% ../nbs/02c_blocks.ipynb #02c00148
+@triton.jit
+def _gate_sums(pid, out, h, dh, d, m, B, R, C, ST: tl.constexpr):
+    "Gradients of fc1 (R, C), its bias, fc2 (C, R) and its bias."
+    if pid >= 0:
+        pieces, matrix = (R + 31)//32, (R*C + 31)//32*32
+        blocks, bias1, fc2, bias2 = pieces*((C + 31)//32), out + matrix, out + (matrix + pieces*32), out + (2*matrix + pieces*32)
+        if pid < blocks:
+            i = tl.arange(0, 32)
+            j, c = pid % pieces*32 + i, pid//pieces*32 + i
+            in_j, in_c = j < R, c < C
+            d1, d2, s1, s2 = tl.zeros((32, 32), ST), tl.zeros((32, 32), ST), tl.zeros((32,), ST), tl.zeros((32,), ST)
+            for b0 in range(0, B, 32):
+                b = (b0 + i)[:,None]
+                hidden, channels = (b < B) & in_j[None], (b < B) & in_c[None]
+                g1, g2 = tl.load(dh + b*R + j[None], mask=hidden, other=0), tl.load(d + b*C + c[None], mask=channels, other=0)
+                d1 += tl.dot(tl.trans(g1), tl.load(m + b*C + c[None], mask=channels, other=0), input_precision='ieee')
+                d2 += tl.dot(tl.trans(tl.load(h + b*R + j[None], mask=hidden, other=0)), g2, input_precision='ieee')
+                s1 += tl.sum(g1, 0); s2 += tl.sum(g2, 0)
+            mask = in_j[:,None] & in_c[None]
+            tl.store(out + j[:,None]*C + c[None], d1.to(out.dtype.element_ty), mask=mask)
+            tl.store(fc2 + c[None]*R + j[:,None], d2.to(out.dtype.element_ty), mask=mask)
+            tl.store(bias1 + j, s1.to(out.dtype.element_ty), mask=in_j & (pid//pieces == 0))
+            tl.store(bias2 + c, s2.to(out.dtype.element_ty), mask=in_c & (pid % pieces == 0))
+        pid -= blocks
+        out += 2*matrix + (pieces + (C + 31)//32)*32
+    return pid, out
+
+# %% ../nbs/02c_blocks.ipynb #02c00149
+@triton.jit
+def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A_log, out, P, B, S_in, S_taps, S_scan, S_out, S_w, C, R,
+    RANK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+    "The gradients of a mixer's parameters, in their order."
+    pid, real = tl.program_id(0), C//WIDE*UNIT
+    width, dt = real*(2*RANK + 3*N + 2), scan + real*(RANK + 2*N)
+    dA = dt + real*RANK
+    pid, out = _vector_sums(pid, out, norm, P, 2*C, C, UNIT, WIDE, ST)
+    pid, out = _vector_sums(pid, out, norm + C, P, 2*C, C, UNIT, WIDE, ST)
+    pid, out = _gate_sums(pid, out, h, dh, d, m, B, R, real, ST)
+    pid, out = _sums(pid, out, dw_in, S_in, 2*C*WIDE, 2*C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
+    pid, out = _tap_sums(pid, out, taps, S_taps, C, UNIT, WIDE, ST)
+    pid, out = _vector_sums(pid, out, scan, S_scan, width, real*(RANK + 2*N), 1, 1, ST)
+    pid, out = _vector_sums(pid, out, dt, S_scan, width, real*RANK, 1, 1, ST)
+    pid, out = _sums(pid, out, dA, S_scan, width, N, real, A_log, 1, 1, 1, 1, True, True, 128, 32, ST)
+    pid, out = _vector_sums(pid, out, dA + real*N, S_scan, width, real, 1, 1, ST)
+    pid, out = _vector_sums(pid, out, dA + real*(N + 1), S_scan, width, real, 1, 1, ST)
+    pid, out = _vector_sums(pid, out, small, S_scan, 2*real, real, 1, 1, ST)
+    pid, out = _vector_sums(pid, out, small + real, S_scan, 2*real, real, 1, 1, ST)
+    pid, out = _sums(pid, out, dw_out, S_out, C*WIDE, C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
+    pid, out = _vector_sums(pid, out, skip, B, 1, 1, 1, 1, ST)
+    pid, out = _sums(pid, out, dw, S_w, C*C + C, C, C, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
+    pid, out = _vector_sums(pid, out, dw + C*C, S_w, C*C + C, C, UNIT, WIDE, ST)
+
+@triton.jit
+def _ffn_sums(norm, dw1, taps, dw2, out, P, S1, S_taps, S2, C, M, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+    "The gradients of an FFN's parameters, in their order."
+    pid, size = tl.program_id(0), M*C
+    pid, out = _vector_sums(pid, out, norm, P, 2*C, C, UNIT, WIDE, ST)
+    pid, out = _vector_sums(pid, out, norm + C, P, 2*C, C, UNIT, WIDE, ST)
+    pid, out = _sums(pid, out, dw1, S1, size + M, M, C, out, 1, 1, UNIT, WIDE, False, False, 32, 128, ST)
+    pid, out = _vector_sums(pid, out, dw1 + size, S1, size + M, M, 1, 1, ST)
+    pid, out = _tap_sums(pid, out, taps, S_taps, M, 1, 1, ST)
+    pid, out = _sums(pid, out, dw2, S2, size + C, C, M, out, UNIT, WIDE, 1, 1, False, False, 32, 128, ST)
+    pid, out = _vector_sums(pid, out, dw2 + size, S2, size + C, C, UNIT, WIDE, ST)
+
+# %% ../nbs/02c_blocks.ipynb #02c0014a
+def _room(p): return -(-p.numel()//32)*32                               # the place of a gradient in a flat tensor, aligned
+
+def _flat(params, x):
+    "A tensor for the gradients of all parameters, in their dtype if they agree, else in that of the sums."
+    dtypes = {p.dtype for p in params}
+    return x.new_empty(sum(map(_room, params)), dtype=dtypes.pop() if len(dtypes) == 1 else _state_dtype(x))
+
+def _grads(flat, params):
+    "The gradient of every parameter in what `mixer_backward` and `ffn_backward` return."
+    out, at = [], 0
+    for p in params:
+        out.append(flat.as_strided(p.shape, p.stride(), at) if p.is_contiguous() else flat[at:at + p.numel()].view(p.shape))
+        at += _room(p)
+    return [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(out, params)]
+
+# %% ../nbs/02c_blocks.ipynb #02c0014b
+def _programs(vectors, matrices): return sum(_cdiv(n, 32) for n in vectors) + sum(_cdiv(n, 128) for n in matrices)
+
+def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw, wide):
+    "Gradients of all parameters of a mixer from shares, and for the gate from numbers of every image."
+    real, r, rank, n, c = len(params[0]), len(params[3]), params[10].shape[1], params[11].shape[1], 4*wide
+    vectors = [c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c]
+    grid, out = _programs(vectors, [2*c*wide, c*wide, c*c]) + _cdiv(r, 32)*_cdiv(real, 32), _flat(params, norm)
+    counts = norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw))
+    with _on(out): _mixer_sums[(grid,)](
+        norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, params[11].contiguous(), out, *counts, c, r, RANK=rank, N=n, UNIT=real//4,
+        WIDE=wide, ST=_tl(norm.dtype), num_warps=8)
+    return out
+
+def _ffn_finish(params, norm, dw1, taps, dw2, wide):
+    "Gradients of all parameters of an FFN from shares."
+    c, m, out = 4*wide, len(params[3]), _flat(params, norm)
+    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], [m*c, m*c]),)](
+        norm, dw1, taps, dw2, out, norm.shape[0]*norm.shape[1], len(dw1), len(taps), len(dw2), c, m, UNIT=len(params[0])//4, WIDE=wide,
+        ST=_tl(norm.dtype), num_warps=8)
+    return out
+
 # %% ../nbs/02c_blocks.ipynb #02c0002c
-def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w,
-                   A_log, D, dt_b, ng, nb, w_out, skip, w, bias, eps, geps, walks):
-    "Gradients of x and, several parameters in one tensor, of the rest: `_mixer_grads` takes them apart."
+def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args):
+    "Gradients of x and, side by side in one tensor, of all parameters: `_grads` takes it apart."
+    *params, eps, geps, walks = args
+    gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias = params
     G, c = len(walks), x.shape[3]
     units = unit, wide = len(gain)//G, c//G
-    w_in, w_out, w = _cast((w_in, w_out, w), x.dtype, *units, MIXER_DIMS)
+    w_in, w_out, w = _taken(ready, (w_in, w_out, w), *units, MIXER_DIMS)
     ds, part = _scaled(dy, scale), _parts(_rows(x), 2)
     dtn = gemm(ds, w.t())
     dw = wgrad(ds, norm_rows(_rows(t), gain, shift, eps, units)[0], bias=True)
@@ -528,53 +679,30 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale
     dw_out = wgrad(_rows(do), _rows(v), groups=G)
     dmean, dgate, dskip = _gate_grads(q, x, mean, gate, w1, b1, w2, skip, unit)
     dzx = _new(zx)
-    du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, -torch.exp(A_log), D, dt_b, ng, nb, geps, walks, dzx)
+    du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, dzx, log=True)
     taps = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=unit if wide > unit else None)[1]
     b, l, c, bm, warps, tiles = _tiles(x, wide)
     with _on(x): _rows_in_back[(b*tiles, G)](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, BM=bm, UP=_p2(wide), **_types(x),
                                              num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
     dx = norm_back(dxn, _rows(x), stats, gain, part[1], _rows(dy), units)
-    return dx.view_as(x), part.sum((0, 1)), *dgate, dw_in, taps, dscan, dnorm, dw_out, dskip.sum().view(1), dw
-
-# %% ../nbs/02c_blocks.ipynb #02c0002d
-def _mixer_grads(grads, params, wide):
-    "The gradient of every parameter, from what `mixer_backward` returns."
-    norm, *dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw = grads
-    unit, c, both = len(params[0])//4, 4*wide, (0, 1)
-    x_proj, dt_w, A_log = params[9:12]
-    def cut(g, rows, cols, dims=both): return narrow(g.view(rows, cols), unit, wide, dims)
-    dx_proj, ddt_w, dA, dD, ddt_b, dng, dnb = _gated_split(dscan, dnorm, x_proj, dt_w, A_log)
-    taps = narrow(taps, unit, wide, (1,))
-    out = (*narrow(norm, unit, wide, (1,)), *dgate, cut(dw_in, 2*c, wide), taps[:9].t(), taps[9],
-           dx_proj, ddt_w, -dA*torch.exp(A_log), dD, ddt_b, dng, dnb, cut(dw_out, c, wide), dskip,
-           cut(dw[:c*c], c, c), narrow(dw[c*c:], unit, wide))
-    return [g.reshape(p.shape).to(p.dtype) for g, p in zip(out, params)]
+    return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, wide)
 
 # %% ../nbs/02c_blocks.ipynb #02c0002f
-def ffn_backward(dy, x, h, stats, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
-    "Gradients of x and, several parameters in one tensor, of the rest: `_ffn_grads` takes them apart."
-    units = len(gain)//4, x.shape[3]//4
-    cw1, cw2 = _cast((w1, w2), x.dtype, *units, FFN_DIMS)
+def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
+    "Gradients of x and, side by side in one tensor, of all parameters: `_grads` takes it apart."
+    params, units = (gain, shift, w1, b1, k, kb, w2, b2), (len(gain)//4, x.shape[3]//4)
+    w1, w2 = _taken(ready, (w1, w2), *units, FFN_DIMS)
     ds, part = _scaled(dy, scale), _parts(_rows(x))
-    da = gemm(ds, cw2.t()).view_as(h)
+    da = gemm(ds, w2.t()).view_as(h)
     dh, taps, a = _conv_backward(da, h, k, kb, 'gelu', save_y=True)
     del da
     dw2 = wgrad(ds, _rows(a), bias=True)
     del a
-    dxn = gemm(_rows(dh), cw1.t())
+    dxn = gemm(_rows(dh), w1.t())
     dw1 = wgrad(_rows(dh), norm_rows(_rows(x), gain, shift, eps, units)[0], bias=True)
     dx = norm_back(dxn, _rows(x), stats, gain, part[0], _rows(dy), units)
-    return dx.view_as(x), part.sum((0, 1)), dw1, taps, dw2
-
-# %% ../nbs/02c_blocks.ipynb #02c00030
-def _ffn_grads(grads, params, wide):
-    "The gradient of every parameter, from what `ffn_backward` returns."
-    norm, dw1, taps, dw2 = grads
-    unit, c, m = len(params[0])//4, 4*wide, len(params[3])
-    out = (*narrow(norm, unit, wide, (1,)), narrow(dw1[:m*c].view(m, c), unit, wide, (1,)), dw1[m*c:], taps[:9].t(), taps[9],
-           narrow(dw2[:c*m].view(c, m), unit, wide), narrow(dw2[c*m:], unit, wide))
-    return [g.reshape(p.shape).to(p.dtype) for g, p in zip(out, params)]
+    return dx.view_as(x), _ffn_finish(params, part, dw1, taps, dw2, units[1])
 
 # %% ../nbs/02c_blocks.ipynb #02c00031
 _MIXER = ('gain shift fc1 fc1_bias fc2 fc2_bias in_proj conv conv_bias x_proj dt_weight A_log D dt_bias scan_gain scan_shift '
@@ -588,12 +716,12 @@ def _operator(name, f, given, params, options, results):
     schema = f'({", ".join(tensors)}) -> ({", ".join(["Tensor"]*results)})'
     return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=schema)
 
-_kept = 'x zx u borders v t stats tstats mean gate'.split()
+_kept = 'x zx u borders v t stats tstats mean gate ready'.split()
 _mixer_options, _ffn_options = ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer_op = _operator('mixer_block', mixer_forward, ['x'], _MIXER, _mixer_options, 10)
-_mixer_backward_op = _operator('mixer_block_backward', mixer_backward, ['dy', *_kept], _MIXER, _mixer_options, 13)
-_ffn_op = _operator('ffn_block', ffn_forward, ['x'], _FFN, _ffn_options, 3)
-_ffn_backward_op = _operator('ffn_block_backward', ffn_backward, ['dy', 'x', 'h', 'stats'], _FFN, _ffn_options, 5)
+_mixer_op = _operator('mixer_block', mixer_forward, ['x'], _MIXER, _mixer_options, 11)
+_mixer_backward_op = _operator('mixer_block_backward', mixer_backward, ['dy', *_kept], _MIXER, _mixer_options, 2)
+_ffn_op = _operator('ffn_block', ffn_forward, ['x'], _FFN, _ffn_options, 4)
+_ffn_backward_op = _operator('ffn_block_backward', ffn_backward, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, _ffn_options, 2)
 
 # %% ../nbs/02c_blocks.ipynb #02c00033
 @_mixer_op.register_fake
@@ -601,26 +729,20 @@ def _(x, scale, *args):
     (b, h, w, c), walks, st = x.shape, args[-1], _state_dtype(x)
     def new(*s, dtype=st): return x.new_empty(*s, dtype=dtype)
     borders = new(b, -(-(h*w)//_scan_plan(c//len(walks))[0]), args[11].shape[1], c)
-    return _new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), _new(x), new(b*h*w, 2), new(b*h*w, 2), new(b, c), new(b, c)
+    return (_new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), _new(x), new(b*h*w, 2), new(b*h*w, 2), new(b, c), new(b, c),
+            new(c*(3*(c//len(walks)) + c), dtype=x.dtype))
 
 @_mixer_backward_op.register_fake
-def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, scale, *args):
-    def new(*s): return x.new_empty(*s, dtype=_state_dtype(x))
-    c, r, wide, real = x.shape[3], args[2].shape[0], x.shape[3]//len(args[-1]), args[0].shape[0]
-    rank, n = args[10].shape[1], args[11].shape[1]
-    return (_new(x), new(2, c), new(r, real), new(r), new(real, r), new(real), new(2*c*wide), new(10, c),
-            new(real*(2*rank + 3*n + 2)), new(2, real), new(c*wide), new(1), new(c*c + c))
+def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args): return _new(x), _flat(args[:20], x)
 
 # %% ../nbs/02c_blocks.ipynb #02c00034
 @_ffn_op.register_fake
 def _(x, scale, *args):
-    return _new(x), x.new_empty(*x.shape[:3], args[2].shape[0]), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x))
+    m = args[2].shape[0]
+    return _new(x), x.new_empty(*x.shape[:3], m), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x)), x.new_empty(2*m*x.shape[3])
 
 @_ffn_backward_op.register_fake
-def _(dy, x, h, stats, scale, *args):
-    def new(*s): return x.new_empty(*s, dtype=_state_dtype(x))
-    c, m = x.shape[3], h.shape[3]
-    return _new(x), new(2, c), new(m*c + m), new(10, m), new(m*c + c)
+def _(dy, x, h, stats, ready, scale, *args): return _new(x), _flat(args[:8], x)
 
 # %% ../nbs/02c_blocks.ipynb #02c00035
 def _save(n):
@@ -634,14 +756,14 @@ def _save(n):
 def _mixer_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dx, *grads = torch.ops.groupmamba.mixer_block_backward(dy, x, *saved, *ctx.options)
-    return dx, None, *_mixer_grads(grads, saved[-20:], x.shape[3]//4), None, None, None
+    dx, flat = torch.ops.groupmamba.mixer_block_backward(dy, x, *saved, *ctx.options)
+    return dx, None, *_grads(flat, saved[-20:]), None, None, None
 
 def _ffn_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dx, *grads = torch.ops.groupmamba.ffn_block_backward(dy, x, *saved, *ctx.options)
-    return dx, None, *_ffn_grads(grads, saved[-8:], x.shape[3]//4), None
+    dx, flat = torch.ops.groupmamba.ffn_block_backward(dy, x, *saved, *ctx.options)
+    return dx, None, *_grads(flat, saved[-8:]), None
 
 _mixer_op.register_autograd(_mixer_vjp, setup_context=_save(20))
 _ffn_op.register_autograd(_ffn_vjp, setup_context=_save(8))

@@ -253,7 +253,7 @@ def _grad_of(p, g):
     return g.reshape(p.shape).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
 def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
-    "Gradient of x (written to `out` if given), those of taps and bias side by side (10, channels), and the activation itself if `save_y`."
+    "Gradient of x (written to `out` if given), shares of those of taps and bias side by side (programs, 10, channels), and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
     n, blocks, meta = _conv_launch(x, True, unit)
     ds = dy if act=='none' else _new(x)
@@ -261,10 +261,11 @@ def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
     share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
     with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, ds, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *ds.stride()[:3], *blocks,
                                         ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
-    return _conv(ds, weight, None, 'none', out, True, unit), share.sum(0), y
+    return _conv(ds, weight, None, 'none', out, True, unit), share, y
 
 def _tap_grads(share, weight, bias, unit=None):
-    "Gradients of weight and bias from what `_conv_backward` sums up, (10, channels)."
+    "Gradients of weight and bias from the shares that `_conv_backward` gives, (programs, 10, channels)."
+    share = share.sum(0)
     if unit: share = share.unflatten(1, (4, -1))[...,:unit].flatten(1)
     return _grad_of(weight, share[:9].t()), weight.new_empty(0) if bias is None else _grad_of(bias, share[9])
 
@@ -439,6 +440,13 @@ def _my_group(L, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.conste
     return b, g, (walks >> g*2) & 3, g*unit + c, c < unit, g*WIDE + c, c < WIDE
 
 @triton.jit
+def _rate(A, n, d, in_d, N: tl.constexpr, LOG: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
+    "Decay rates of state n, A[:,n]; -exp of it if LOG."
+    a = _vector(A + n, d*N, in_d, ST)
+    if LOG: a = -_exp2(a*1.4426950408889634, FAST)
+    return a
+
+@triton.jit
 def _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "u of a tile, its Δ, B and C still side by side, Δ before its softplus and after."
     x = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
@@ -454,7 +462,7 @@ def _tile_steps(k, L, walk, H, W, in_d, in_e, T: tl.constexpr):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba2
 @triton.jit
-def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "What every tile does to a state: how much of it is left, and what is added. carry: (B, K, 2, N, channels)."
     L, channels = H*W, G*WIDE
@@ -468,7 +476,7 @@ def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl
         total, w = tl.sum(delta, 0), delta*x.to(ST)
         rest = total[None] - tl.cumsum(delta, 0)                                 # steps still to come after each
         for n in range(N):
-            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634
             at = carry + ((b*K + k)*2*N + n)*channels + e
             tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
             tl.store(at + N*channels, tl.sum(_exp2(rest*An, FAST)*w*_column(S, j, R + n).to(ST), 0), mask=in_d)
@@ -507,7 +515,7 @@ def _states(a, w, borders, e, in_d):
     return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
 
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "v of `per` tiles of an image and group, from the state that enters each."
     L, channels = H*W, G*WIDE
@@ -523,7 +531,7 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, wa
         x = x.to(ST)
         w, y = delta*x, Db*x
         for n in range(N):
-            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            a = _exp2(delta*(_rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634), FAST)
             y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
         y = _normalised(y, ok, unit, eps)[0]
         tl.store(v + (p*channels + e[None]), ((y*ga + sh)*z*_sigmoid(z, FAST)).to(v.dtype.element_ty), mask=there)
@@ -539,19 +547,19 @@ def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, walks):
+def _gated_launch(u, A, dt_weight, walks, log):
     "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share, and the warps of each."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
     k = -(-(h*w)//steps)
-    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, _pow2(r + 2*n)), T=steps, DB=max(16, _pow2(wide)),
+    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, _pow2(r + 2*n)), T=steps, DB=max(16, _pow2(wide)),
                 ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
 
-def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
-    "v and the borders, (B, tiles, N, D), from u and z, the second half of zx."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, log=False):
+    "v and the borders, (B, tiles, N, D), from u and z, the second half of zx. log: A is given as log(-A)."
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks, log)
     v, carry = _new(u), u.new_empty(len(u), k, 2, A.shape[1], u.shape[3], dtype=_state_dtype(u))
     x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
     with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta, num_warps=warps[0])
@@ -577,7 +585,7 @@ def _states_back(a, g, borders, e, in_d):
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every tile does to a state's gradient."
     L, channels = H*W, G*WIDE
@@ -595,7 +603,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx,
         x = x.to(ST)
         w, y = delta*x, Db*x
         for n in range(N):
-            a = _exp2(delta*(_vector(A + n, d*N, in_d, ST)*1.4426950408889634), FAST)
+            a = _exp2(delta*(_rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634), FAST)
             y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
         y, rstd = _normalised(y, ok, unit, eps)
         dz, dout, dy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
@@ -605,7 +613,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx,
         dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0)
         total, so_far = tl.sum(delta, 0), tl.cumsum(delta, 0)
         for n in range(N):
-            An = _vector(A + n, d*N, in_d, ST)*1.4426950408889634
+            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634
             at = carry + ((b*K + k)*2*N + n)*channels + e
             tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
             tl.store(at + N*channels, tl.sum(_exp2(so_far*An, FAST)*dy*_column(S, j, R + N + n).to(ST), 0), mask=in_d)
@@ -614,7 +622,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx,
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea8
 @triton.jit
-def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back through scan and selection. back: gradients of the states that leave the tiles. shares: of the gradients of all parameters."
     L, channels = H*W, G*WIDE
@@ -633,7 +641,7 @@ def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W,
         dD += tl.sum(dy*x, 0)
         dx, dd, dS, wv = Db*dy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST), delta*x
         for n in range(N):
-            An = _vector(A + n, d*N, in_d, ST)
+            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)
             a, Bn, Cn = _exp2(delta*(An*1.4426950408889634), FAST), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
             at, w = ((b*K + k)*N + n)*channels, wv*Bn
             h = _states(a, w, borders + at, e, in_d)
@@ -661,9 +669,9 @@ def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W,
     tl.store(shares, dD, mask=in_d); tl.store(shares + channels, dbias, mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
-def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
-    "Gradients of u and, side by side in two tensors, of the parameters; that of z is written to the second half of dzx."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx, log=False):
+    "Gradient of u and, side by side in two tensors, shares of those of the parameters (of A, also where its logarithm is given); that of z is written to the second half of dzx."
+    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks, log)
     n, r, d = A.shape[1], dt_weight.shape[1], len(A)
     params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
     def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
@@ -671,13 +679,13 @@ def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weig
     with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
     du = gy                                                                     # a tile of gy is read before its du takes its place
     with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=_pow2(n), **meta, num_warps=warps[3])
-    return du, shares.sum(0), norm.sum(0)
+    return du, shares, norm
 
 def _gated_split(shares, norm, x_proj, dt_weight, A):
-    "Gradients of x_proj, dt_weight, A, D, dt_bias, norm_weight and norm_bias out of the two tensors of `_gated_grads`."
+    "Gradients of x_proj, dt_weight, A, D, dt_bias, norm_weight and norm_bias out of the shares in the two tensors of `_gated_grads`."
     d, n = A.shape
-    parts = shares.split([x_proj.numel(), dt_weight.numel(), n*d, d, d])
-    return parts[0].view(x_proj.shape), parts[1].view(dt_weight.shape), parts[2].view(n, d).t(), *parts[3:], *norm.unbind()
+    parts = shares.sum(0).split([x_proj.numel(), dt_weight.numel(), n*d, d, d])
+    return parts[0].view(x_proj.shape), parts[1].view(dt_weight.shape), parts[2].view(n, d).t(), *parts[3:], *norm.sum(0).unbind()
 
 # %% ../nbs/02b_fused.ipynb #5547265b
 _PARAMS = 'Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, Tensor norm_weight, Tensor norm_bias, float eps, int[] walks'

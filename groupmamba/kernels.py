@@ -312,7 +312,7 @@ def _plan(u, A, B, C, n_walks):
     return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
 
 # %% ../nbs/02_kernels.ipynb #6746b680
-def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _on(x): return torch.cuda.device(x.get_device()) if x.is_cuda else nullcontext()    # a number is found seven times faster than a torch.device
 
 def _strides(xs, u, B, C):
     "(batch, step or channel) of each of `xs`, then all four of `B` and `C`; 0 for what is not there or constant. Also: may four at once be loaded?"
