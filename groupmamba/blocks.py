@@ -119,7 +119,7 @@ def _tiles(x, plan):
     return b, l, c, bm, warps, _cdiv(l, bm)
 
 def _pieces(c, wide):
-    "Columns that a program multiplies at once and how many times, for the matrices that groups have each: the whole row, if it fits, or a group."
+    "Columns that a program multiplies at once, and how many times, for matrices of groups: the whole row, if it fits, or a group."
     cw = c if PLANS['whole'](c) else wide
     return dict(CW=cw, UP=_p2(cw), P=c//cw)
 
@@ -338,8 +338,8 @@ def _deviation(s, q, real, eps):
 
 # %% ../nbs/02c_blocks.ipynb #02c0011a
 @triton.jit
-def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, L, C, tiles, rows, eps, UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, L, C, tiles, rows, eps, UNIT: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "y = x + scale·(LN((v w_outᵀ)·skip·norm(x)·gate) wᵀ + bias), for rows that fit into a program."
     c, b, r0 = tl.arange(0, CP), (tl.program_id(0)//tiles).to(tl.int64), tl.program_id(0) % tiles*rows
     in_c, real = c < C, C//WIDE*UNIT
@@ -388,8 +388,9 @@ def _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
         bm, share, warps, stages = PLANS['rows_out'](c, l)
         rows = _cdiv(_cdiv(l, share), bm)*bm
         tiles = _cdiv(l, rows)
-        with _on(x): _rows_out[(len(x)*tiles,)](*given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c),
-                                                SCALE=scale is not None, **groups, **_types(x), num_warps=warps, num_stages=stages)
+        with _on(x): _rows_out[(len(x)*tiles,)](
+            *given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c), SCALE=scale is not None,
+            **groups, **_types(x), num_warps=warps, num_stages=stages)
         return y
     b, l, c, bm, warps, tiles = _tiles(x, 'rows_mix')
     with _on(x): _rows_mix[(b*tiles,)](*given, y, l, c, tiles, eps, BM=bm, **_pieces(c, wide), **groups, **_types(x), num_warps=warps,
@@ -550,7 +551,7 @@ def _mix_back(ds, v, x, stats, gain, shift, w_out, skip, gate, w, eps, wide):
 @triton.jit
 def _gate_back(shares, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mean_out, dskip, part, L, C, R, tiles, UNIT: tl.constexpr,
     WIDE: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, ST: tl.constexpr):
-    "Back through the gate of one image, from the sums q: gradients of mean, hidden units and sigmoid's argument; shares of skip, gain, shift."
+    "Back through the gate of one image, from the sums q: gradients of mean, hidden units, sigmoid's argument; shares of skip, gain, shift."
     b, c, j = tl.program_id(0).to(tl.int64), tl.arange(0, CP), tl.arange(0, RP)
     in_c, in_j, real = c < C, j < R, C//WIDE*UNIT
     p, in_p = _parameter(c, in_c, UNIT, WIDE)
