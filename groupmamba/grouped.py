@@ -139,6 +139,8 @@ def directional_scan(
     y = selective_scan(read(u), read(delta), A, B, C, D, delta_bias=delta_bias, delta_softplus=True, backend=backend)
     return to_map(y, *u.shape[1:3], directions)
 
+directional_scan.one_way = True   # every group walks once: what `MambaMixer` may fuse
+
 # %% ../nbs/04_grouped.ipynb #c4osscd1
 def cross_scan(
     u:Tensor, # input map (B, H, W, D)

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['init_weights', 'GroupLinear', 'GroupLayerNorm', 'FFN', 'map_to_seq', 'seq_to_map', 'raster_scan', 'init_A_log',
-           'init_dt_bias', 'split_groups', 'MambaMixer', 'VSSS']
+           'init_dt_bias', 'split_groups', 'MambaMixer', 'ways_of', 'fused_mixer', 'VSSS']
 
 # %% ../nbs/03_vsss.ipynb #bb4ccb60
 import math
 from collections.abc import Callable
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from einops import rearrange
 from .scan import selective_scan
+from .fused import _fits, dwconv, gated_scan
+from .blocks import fused_dtype
 
 # %% ../nbs/03_vsss.ipynb #7f14a540
 def _divides(name:str, n:int, groups:int):
@@ -180,6 +183,7 @@ class MambaMixer(nn.Module):
     def forward(self,
         x:Tensor, # image map (B, H, W, d_model)
     )->Tensor: # image map (B, H, W, d_model)
+        if (dtype := fused_dtype(x)) is not None: return fused_mixer(self, x, dtype)
         x, z = split_groups(self.in_proj(x), [len(self.D)//self.groups]*2, self.groups)
         u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.scan(u, *self.ssm_inputs(u))
@@ -192,8 +196,44 @@ class MambaMixer(nn.Module):
         dt, B, C = split_groups(self.x_proj(u), [self.dt_rank, self.d_state, self.d_state], self.groups)
         w = rearrange(self.dt_weight, '(g d) r -> g d r', g=self.groups)
         delta = torch.einsum('...gr,gdr->...gd', dt.unflatten(-1, (self.groups, -1)), w).flatten(-2)
+        A, D, dt_bias = self.ssm_constants()
+        return delta, A, B, C, D, dt_bias
+
+    def ssm_constants(self)->tuple: # A (d_inner, N), D (d_inner,), delta_bias (d_inner,)
+        "Those that do not, never in 16 bits."
         A_log, D, dt_bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A_log, self.D, self.dt_bias))
-        return delta, -torch.exp(A_log), B, C, D, dt_bias
+        return -torch.exp(A_log), D, dt_bias
+
+# %% ../nbs/03_vsss.ipynb #a303cpu3
+def ways_of(
+    scan:Callable, # the `scan` of a `MambaMixer`
+    groups:int, # number of groups
+)->tuple|None: # 'lr', 'rl', 'tb' or 'bt' for every group; None where it is not that simple
+    "The direction of every group: of `raster_scan`, or of a `partial` that gives a function marked `one_way` its `directions`, and nothing else."
+    if scan is raster_scan: return ('lr',)*groups
+    if not isinstance(scan, partial) or not getattr(scan.func, 'one_way', False) or scan.args or set(scan.keywords) != {'directions'}: return None
+    names = scan.keywords['directions']
+    if groups % len(names) or not all(d in ('lr', 'rl', 'tb', 'bt') for d in names): return None
+    return tuple(d for d in names for _ in range(groups//len(names)))
+
+# %% ../nbs/03_vsss.ipynb #a303cpu6
+def fused_mixer(
+    m:nn.Module, # `MambaMixer`
+    x:Tensor, # image map (B, H, W, d_model)
+    dtype:torch.dtype, # of the products and of what is between them: 16 bits
+)->Tensor: # image map (B, H, W, d_model)
+    "A `MambaMixer` with one operator between its projections; where groups do not fit, with one for the convolution."
+    w = m.in_proj.weight.unflatten(0, (m.groups, 2, -1))
+    zx = torch.einsum('...gi,gsoi->...sgo', x.to(dtype).unflatten(-1, (m.groups, -1)), w).flatten(-3)
+    ways = ways_of(m.scan, m.groups) if isinstance(m.norm, GroupLayerNorm) else None
+    if ways and _fits(len(m.D)//m.groups, m.dt_rank + 2*m.d_state):
+        A, D, dt_bias = m.ssm_constants()
+        v = gated_scan(zx, m.conv.weight, m.conv.bias, m.x_proj.weight, m.dt_weight, A, D, dt_bias, m.norm.weight, m.norm.bias, m.norm.eps, ways, backend='triton')
+    else:
+        x, z = zx.chunk(2, -1)
+        u = dwconv(x, m.conv.weight, m.conv.bias, 'silu', backend='triton')
+        v = m.norm(m.scan(u, *m.ssm_inputs(u)))*F.silu(z)
+    return m.out_proj(v)
 
 # %% ../nbs/03_vsss.ipynb #5cadfec5
 class VSSS(nn.Module):
