@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .blocks import ffn_block, fused_dtype, mixer_block, narrow, widen, widened
+from .blocks import ffn_block, fused_dtype, hidden_parts, mixer_block, narrow, widen, widened
 from .vsss import FFN, GroupLinear, MambaMixer, init_weights
 from .grouped import FOUR, check_directions, scan_along
 from .cam import ChannelAffinity, cam
@@ -81,8 +81,18 @@ class ConvFFN(FFN):
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
     )->Tensor: # image map (B, H, W, dim)
+        if (n := hidden_parts(x, len(self.fc1.bias))) > 1: return self.in_parts(x, n)
+        if (n := hidden_parts(x, len(self.fc1.bias))) > 1: return self.in_parts(x, n)
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(x))
+
+    def hidden_part(self, h, part):
+        k, bias = self.dwconv.weight[part], self.dwconv.bias[part]
+        return F.gelu(F.conv2d(h.permute(0, 3, 1, 2), k, bias, padding=1, groups=len(k))).permute(0, 2, 3, 1)
+
+    def hidden_part(self, h, part):
+        k, bias = self.dwconv.weight[part], self.dwconv.bias[part]
+        return F.gelu(F.conv2d(h.permute(0, 3, 1, 2), k, bias, padding=1, groups=len(k))).permute(0, 2, 3, 1)
 
 # %% ../nbs/07_released.ipynb #56208b4a
 class ReleasedBlock(nn.Module):

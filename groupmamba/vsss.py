@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['init_weights', 'GroupLinear', 'GroupLayerNorm', 'FFN', 'map_to_seq', 'seq_to_map', 'raster_scan', 'init_A_log',
-           'init_dt_bias', 'split_groups', 'MambaMixer', 'ways_of', 'fused_mixer', 'VSSS']
+           'init_dt_bias', 'split_groups', 'Selection', 'MambaMixer', 'ways_of', 'fused_mixer', 'VSSS']
 
 # %% ../nbs/03_vsss.ipynb #bb4ccb60
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from einops import rearrange
 from .scan import selective_scan
 from .fused import _fits, dwconv, gated_scan
-from .blocks import fused_dtype
+from .blocks import fused_dtype, hidden_parts, hidden_parts
 
 # %% ../nbs/03_vsss.ipynb #7f14a540
 def _divides(name:str, n:int, groups:int):
@@ -96,7 +96,45 @@ class FFN(nn.Module):
     def forward(self,
         x:Tensor, # (..., dim)
     )->Tensor: # (..., dim)
+        if self.fc1.groups == 1 and (n := hidden_parts(x, len(self.fc1.bias))) > 1: return self.in_parts(x, n)
+        if self.fc1.groups == 1 and (n := hidden_parts(x, len(self.fc1.bias))) > 1: return self.in_parts(x, n)
         return self.fc2(F.gelu(self.fc1(x)))
+
+    def in_parts(self,
+        x:Tensor, # (..., dim)
+        n:int, # number of parts
+    )->Tensor: # (..., dim)
+        "The same, one part of the hidden channels after the other; only the order of sums differs."
+        y, m = self.fc2.bias, len(self.fc1.bias)
+        for i in range(n):
+            s = slice(m*i//n, m*(i + 1)//n)
+            y = y + F.linear(self.hidden_part(F.linear(x, self.fc1.weight[s], self.fc1.bias[s]), s), self.fc2.weight[:, s])
+        return y
+
+    def hidden_part(self,
+        h:Tensor, # hidden channels `part` before the activation (..., m)
+        part:slice, # which channels
+    )->Tensor: # after it, same shape
+        "What stands between the two linear layers, for some of the channels."
+        return F.gelu(h)
+
+    def in_parts(self,
+        x:Tensor, # (..., dim)
+        n:int, # number of parts
+    )->Tensor: # (..., dim)
+        "The same, one part of the hidden channels after the other; only the order of sums differs."
+        y, m = self.fc2.bias, len(self.fc1.bias)
+        for i in range(n):
+            s = slice(m*i//n, m*(i + 1)//n)
+            y = y + F.linear(self.hidden_part(F.linear(x, self.fc1.weight[s], self.fc1.bias[s]), s), self.fc2.weight[:, s])
+        return y
+
+    def hidden_part(self,
+        h:Tensor, # hidden channels `part` before the activation (..., m)
+        part:slice, # which channels
+    )->Tensor: # after it, same shape
+        "What stands between the two linear layers, for some of the channels."
+        return F.gelu(h)
 
 # %% ../nbs/03_vsss.ipynb #f551c54e
 def map_to_seq(
@@ -157,8 +195,26 @@ def split_groups(
     "Cut every group's channels into parts, and put each part of all groups together."
     return [p.flatten(-2) for p in x.unflatten(-1, (groups, -1)).split(sizes, -1)]
 
+# %% ../nbs/03_vsss.ipynb #a303cpuf
+class Selection(nn.Module):
+    "How a mixer gets its SSM. A subclass has `x_proj`, `dt_weight`, `dt_bias`, `A_log`, `D`, and says `groups`, `dt_rank` and `d_state`."
+    def ssm_inputs(self,
+        u:Tensor, # (B, H, W, d_inner)
+    )->tuple: # delta (B, H, W, d_inner), A (d_inner, N), B and C (B, H, W, G·N), D (d_inner,), delta_bias (d_inner,)
+        "Selection: the SSM's parameters, of which delta, B and C depend on the input."
+        dt, B, C = split_groups(self.x_proj(u), [self.dt_rank, self.d_state, self.d_state], self.groups)
+        w = rearrange(self.dt_weight, '(g d) r -> g d r', g=self.groups)
+        delta = torch.einsum('...gr,gdr->...gd', dt.unflatten(-1, (self.groups, -1)), w).flatten(-2)
+        A, D, dt_bias = self.ssm_constants()
+        return delta, A, B, C, D, dt_bias
+
+    def ssm_constants(self)->tuple: # A (d_inner, N), D (d_inner,), delta_bias (d_inner,)
+        "Those that do not, never in 16 bits."
+        A_log, D, dt_bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A_log, self.D, self.dt_bias))
+        return -torch.exp(A_log), D, dt_bias
+
 # %% ../nbs/03_vsss.ipynb #4b03988a
-class MambaMixer(nn.Module):
+class MambaMixer(Selection):
     "Mamba on an image map: project, look at the neighbours, scan, normalise, gate, project (§3.3.1)."
     def __init__(self,
         d_model:int, # channels in and out, all groups together
@@ -188,21 +244,6 @@ class MambaMixer(nn.Module):
         u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.scan(u, *self.ssm_inputs(u))
         return self.out_proj(self.norm(y)*F.silu(z))
-
-    def ssm_inputs(self,
-        u:Tensor, # (B, H, W, d_inner)
-    )->tuple: # delta (B, H, W, d_inner), A (d_inner, N), B and C (B, H, W, G·N), D (d_inner,), delta_bias (d_inner,)
-        "Selection: the SSM's parameters, of which delta, B and C depend on the input."
-        dt, B, C = split_groups(self.x_proj(u), [self.dt_rank, self.d_state, self.d_state], self.groups)
-        w = rearrange(self.dt_weight, '(g d) r -> g d r', g=self.groups)
-        delta = torch.einsum('...gr,gdr->...gd', dt.unflatten(-1, (self.groups, -1)), w).flatten(-2)
-        A, D, dt_bias = self.ssm_constants()
-        return delta, A, B, C, D, dt_bias
-
-    def ssm_constants(self)->tuple: # A (d_inner, N), D (d_inner,), delta_bias (d_inner,)
-        "Those that do not, never in 16 bits."
-        A_log, D, dt_bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A_log, self.D, self.dt_bias))
-        return -torch.exp(A_log), D, dt_bias
 
 # %% ../nbs/03_vsss.ipynb #a303cpu3
 def ways_of(
