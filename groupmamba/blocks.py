@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'norm_rows', 'gemm', 'norm_gemm', 'mixer_forward',
            'ffn_forward', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'plain_form', 'fused_dtype',
-           'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
+           'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
 
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
@@ -717,14 +717,20 @@ def fused_dtype(
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
+# %% ../nbs/02c_blocks.ipynb #02ccpu03
+def eager_cpu(
+    x:Tensor, # any tensor that a layer works on
+)->bool: # may the layer take a shorter way that has no gradient?
+    "The same place chooses on a CPU: yes where nobody wants gradients, and no compiler, `torch.export`, autocast or `plain_form()` has a say."
+    return not (torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'))
+
 # %% ../nbs/02c_blocks.ipynb #02ccpu01
 def hidden_parts(
     x:Tensor, # input of an FFN (..., C)
     hidden:int, # its hidden channels
-)->int: # parts of the hidden channels to take one after the other; 1: the reference form
-    "The same place chooses how an FFN is computed: on a CPU, and where nobody wants gradients, in parts that stay in a cache."
-    if torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'): return 1
-    return max(1, min(hidden//128, -(-x.numel()//x.shape[-1]*hidden//2**19)))
+)->int: # parts of the hidden channels to take one after the other; 1: the whole, as the reference form has it
+    "How many parts of an FFN's hidden map are made one after the other, so that each stays in a cache."
+    return max(1, min(hidden//128, -(-x.numel()//x.shape[-1]*hidden//2**19))) if eager_cpu(x) else 1
 
 # %% ../nbs/02c_blocks.ipynb #02c0013a
 def _check(where, x, scale, params, n, directions=()):
