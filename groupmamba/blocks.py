@@ -713,7 +713,7 @@ def fused_dtype(
     x:Tensor, # image map
 )->torch.dtype|None: # 16-bit dtype in which fused blocks would run; None: the reference form
     "The one place that chooses between the two forms of a block: fused on CUDA in 16 bits, where Triton is; the reference form otherwise."
-    if _PLAIN or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
+    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
@@ -721,8 +721,9 @@ def fused_dtype(
 def eager_cpu(
     x:Tensor, # any tensor that a layer works on
 )->bool: # may the layer take a shorter way that has no gradient?
-    "The same place chooses on a CPU: yes where nobody wants gradients, and no compiler, `torch.export`, autocast or `plain_form()` has a say."
-    return not (torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'))
+    "The same place chooses on a CPU: yes where nobody wants gradients, and no compiler, `torch.export`, `torch.fx`, autocast or `plain_form()` has a say."
+    if torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy): return False
+    return x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
 
 # %% ../nbs/02c_blocks.ipynb #02ccpu01
 def hidden_parts(
