@@ -62,7 +62,7 @@ def _unwalk(seq, direction, h, w):
 @lru_cache(64)
 def _row_orders(directions, h, w):
     "Which row of a map (h·w·G rows, groups innermost) every row of the sequences is, and the other way round."
-    places = torch.arange(h*w).view(1, h, w, 1)
+    places = torch.arange(h*w, device='cpu').view(1, h, w, 1)
     order = torch.cat([_walk(places, d)[0]*len(directions) + g for g, d in enumerate(directions)], 1).flatten()
     return order, torch.argsort(order)
 
