@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'norm_rows', 'gemm', 'norm_gemm', 'mixer_forward',
            'ffn_forward', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'plain_form', 'fused_dtype',
-           'mixer_block', 'ffn_block', 'layer_norm']
+           'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
 
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
@@ -917,9 +917,25 @@ def fused_dtype(
     x:Tensor, # image map
 )->torch.dtype|None: # 16-bit dtype in which fused blocks would run; None: the reference form
     "The one place that chooses between the two forms of a block: fused on CUDA in 16 bits, where Triton is; the reference form otherwise."
-    if _PLAIN or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
+    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+# %% ../nbs/02c_blocks.ipynb #02ccpu03
+def eager_cpu(
+    x:Tensor, # any tensor that a layer works on
+)->bool: # may the layer take a shorter way that has no gradient?
+    "The same place chooses on a CPU: yes for plain numbers of which nobody wants gradients, where no compiler, `torch.export`, `torch.fx`, autocast or `plain_form()` has a say."
+    if torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter): return False   # nor stand-ins for numbers
+    return x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
+
+# %% ../nbs/02c_blocks.ipynb #02ccpu01
+def hidden_parts(
+    x:Tensor, # input of an FFN (..., C)
+    hidden:int, # its hidden channels
+)->int: # parts of the hidden channels to take one after the other; 1: the whole, as the reference form has it
+    "How many parts of an FFN's hidden map are made one after the other, so that each stays in a cache."
+    return max(1, min(hidden//128, -(-x.numel()//x.shape[-1]*hidden//2**19))) if eager_cpu(x) else 1
 
 # %% ../nbs/02c_blocks.ipynb #02c0013a
 def _check(where, x, scale, params, n, directions=()):

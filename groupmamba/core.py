@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import torch
 import torch.nn.functional as F
 from .scan import _state_dtype
-from .blocks import fused_dtype, layer_norm
+from .blocks import eager_cpu, fused_dtype, layer_norm
 from .vsss import FFN, GroupLayerNorm, GroupLinear, MambaMixer, init_weights
 from .grouped import FOUR, GroupedMamba
 from .cam import ChannelAffinity, cam
@@ -86,7 +86,9 @@ class Downsample(nn.Module):
     def forward(self,
         x:Tensor, # image map (B, H, W, in_dim)
     )->Tensor: # image map (B, ⌈H/2⌉, ⌈W/2⌉, dim)
-        return layer_norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.norm)
+        x = x.permute(0, 3, 1, 2)
+        if eager_cpu(x) and x.numel() < self.proj.weight.numel(): x = x.contiguous()   # the smaller of the two is turned around, not the weight
+        return layer_norm(self.proj(x).permute(0, 2, 3, 1), self.norm)
 
 # %% ../nbs/06_core.ipynb #770cd570
 def pair_pixels(

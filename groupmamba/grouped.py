@@ -7,12 +7,13 @@ __all__ = ['DIRECTIONS', 'FOUR', 'EIGHT', 'SCANS', 'check_directions', 'to_seque
            'from_phases', 'directional_scan', 'cross_scan', 'scan_along', 'GroupedMamba']
 
 # %% ../nbs/04_grouped.ipynb #f443d82d
-from functools import partial
+from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from einops import rearrange
 from .scan import _check_inputs, _pick, selective_scan
+from .blocks import eager_cpu
 from .vsss import VSSS, map_to_seq
 
 # %% ../nbs/04_grouped.ipynb #2ab37bdc
@@ -57,6 +58,18 @@ def _unwalk(seq, direction, h, w):
     if order not in ('row', 'column'): seq = seq[:, torch.argsort(_sorted(order, h, w, seq.device))]
     return seq.unflatten(1, (w, h)).transpose(1, 2) if order == 'column' else seq.unflatten(1, (h, w))
 
+# %% ../nbs/04_grouped.ipynb #a404cpu6
+@lru_cache(64)
+def _row_orders(directions, h, w):
+    "Which row of a map (h·w·G rows, groups innermost) every row of the sequences is, and the other way round."
+    places = torch.arange(h*w, device='cpu').view(1, h, w, 1)
+    order = torch.cat([_walk(places, d)[0]*len(directions) + g for g, d in enumerate(directions)], 1).flatten()
+    return order, torch.argsort(order)
+
+def _in_order(x, order, groups):
+    "Rows of x (B, L, C), its groups innermost, in another order."
+    return x.reshape(len(x), -1, x.shape[-1]//groups).index_select(1, order).view(x.shape)
+
 # %% ../nbs/04_grouped.ipynb #025dfabc
 def _groups(c, directions):
     if c % len(directions): raise ValueError(f"channels must be a multiple of the {len(directions)} directions, got {c}")
@@ -68,6 +81,7 @@ def to_sequences(
 )->Tensor: # sequences (B, C, H·W), group g read in direction g
     "Read an image map along the directions. Raises `ValueError` when C cannot be cut into that many groups."
     parts = x.split(_groups(x.shape[-1], directions), -1)
+    if eager_cpu(x): return _in_order(x.flatten(1, 2), _row_orders(tuple(directions), *x.shape[1:3])[0], len(directions)).mT
     return torch.cat([_walk(p, d) for p, d in zip(parts, directions)], -1).mT
 
 def to_map(
@@ -78,6 +92,7 @@ def to_map(
 )->Tensor: # image map (B, H, W, C)
     "Write sequences back to their places: the inverse of `to_sequences`."
     parts = y.mT.split(_groups(y.shape[1], directions), -1)
+    if eager_cpu(y): return _in_order(y.mT, _row_orders(tuple(directions), h, w)[1], len(directions)).unflatten(1, (h, w))
     return torch.cat([_unwalk(p, d, h, w) for p, d in zip(parts, directions)], -1)
 
 # %% ../nbs/04_grouped.ipynb #67ccdd47
@@ -138,6 +153,8 @@ def directional_scan(
     B, C = (rearrange(read(p), 'b (g n) l -> b g n l', n=A.shape[1]) for p in (B, C))
     y = selective_scan(read(u), read(delta), A, B, C, D, delta_bias=delta_bias, delta_softplus=True, backend=backend)
     return to_map(y, *u.shape[1:3], directions)
+
+directional_scan.one_way = True   # every group walks once: what `MambaMixer` may fuse
 
 # %% ../nbs/04_grouped.ipynb #c4osscd1
 def cross_scan(

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .blocks import ffn_block, fused_dtype, mixer_block, narrow, widen, widened
-from .vsss import FFN, GroupLinear, MambaMixer, init_weights
+from .vsss import FFN, GroupLinear, MambaMixer, in_parts, init_weights
 from .grouped import FOUR, check_directions, scan_along
 from .cam import ChannelAffinity, cam
 from .core import Classifier, DropPath, Stage, Stem, create, make_stages, model_cfg
@@ -81,8 +81,17 @@ class ConvFFN(FFN):
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
     )->Tensor: # image map (B, H, W, dim)
+        if (n := self.parts(x)) > 1: return in_parts(self, x, n)
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(x))
+
+    def hidden_part(self,
+        h:Tensor, # some hidden channels (B, H, W, m)
+        part:slice, # which ones
+    )->Tensor: # (B, H, W, m)
+        "Convolution and GELU: neither mixes channels."
+        k, bias = self.dwconv.weight[part], self.dwconv.bias[part]
+        return F.gelu(F.conv2d(h.permute(0, 3, 1, 2), k, bias, padding=1, groups=len(k))).permute(0, 2, 3, 1)
 
 # %% ../nbs/07_released.ipynb #56208b4a
 class ReleasedBlock(nn.Module):

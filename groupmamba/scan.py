@@ -7,6 +7,7 @@ __all__ = ['selective_scan_naive', 'selective_scan_torch', 'available_backends',
 
 # %% ../nbs/01_scan.ipynb #cb753264
 import importlib, math, os
+from functools import lru_cache
 from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
@@ -202,10 +203,17 @@ def _fill_input(x, M, v):
     _spread(M, v, x[:,:r])
     x[:,r:] = 0
 
+# %% ../nbs/01_scan.ipynb #a101cpu2
+@lru_cache(1)
+def _touch_log1p():
+    "Have log1p answer for -0 once in the life of a process: the page with that constant is in memory from then on."
+    torch.log1p(torch.full((64,), -0., device='cpu'))
+
 # %% ../nbs/01_scan.ipynb #d86dcb14
 @torch.library.custom_op("groupmamba::scan", mutates_args=(), schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C) -> (Tensor, Tensor, Tensor)")
 def _scan_op(u, delta, A, B, C):
     "y (b, l, g, d), last state (b, g, n, d) and the states at the borders of the blocks, (b, blocks+1, g, n, d)."
+    if not u.is_cuda: _touch_log1p()                   # for the softplus of the calls to come
     (b,l,g,d),n = u.shape, A.shape[1]
     rows, c, nb = _plan(b, l, g*n*d)
     y = delta*u                                        # until its block is done, y holds Δ·u
