@@ -128,6 +128,7 @@ class Stem(nn.Module):
         x:Tensor, # images (B, in_chans, H, W)
     )->Tensor: # image map (B, ⌈H/4⌉, ⌈W/4⌉, dim)
         dtype = fused_dtype(x)
+        if eager_cpu(x): x = x.contiguous(memory_format=torch.channels_last)               # as all that follows
         return self.down((self.conv(x) if dtype is None else self.fused(x, dtype)).permute(0, 2, 3, 1))
 
     def fused(self,
