@@ -613,6 +613,7 @@ def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A
     pid, out = _sums(pid, out, dw, S_w, C*C + C, C, C, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
     pid, out = _vector_sums(pid, out, dw + C*C, S_w, C*C + C, C, UNIT, WIDE, ST)
 
+# %% ../nbs/02c_blocks.ipynb #02c00150
 @triton.jit
 def _ffn_sums(norm, dw1, taps, dw2, out, P, S1, S_taps, S2, C, M, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
     "The gradients of an FFN's parameters, in their order."
