@@ -87,7 +87,8 @@ def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensions of a block's matrices consist of groups
 
 def _wide_shapes(params, unit, wide, dims):
-    return [tuple(s//unit*wide if i in d else s for i, s in enumerate(p.shape)) for p, d in zip(params, dims)]
+    shapes = (p.shape for p in params)
+    return [(n//unit*wide if 0 in d else n, k//unit*wide if 1 in d else k) for (n, k), d in zip(shapes, dims)]
 
 def _ready(params, dtype, unit, wide, dims):
     "Two or three matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
@@ -102,8 +103,11 @@ def _ready(params, dtype, unit, wide, dims):
 
 def _taken(flat, params, unit, wide, dims):
     "The matrices in what `_ready` makes of `params`."
-    shapes = _wide_shapes(params, unit, wide, dims)
-    return [m.view(s) for m, s in zip(flat.split([n*k for n, k in shapes]), shapes)]
+    out, at = [], 0
+    for n, k in _wide_shapes(params, unit, wide, dims):
+        out.append(flat.as_strided((n, k), (k, 1), at))
+        at += n*k
+    return out
 
 # %% ../nbs/02c_blocks.ipynb #02c00021
 PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
@@ -696,6 +700,7 @@ def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A
     pid, out = _sums(pid, out, dw, S_w, C*C + C, C, C, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
     pid, out = _vector_sums(pid, out, dw + C*C, S_w, C*C + C, C, UNIT, WIDE, ST)
 
+# %% ../nbs/02c_blocks.ipynb #02c00150
 @triton.jit
 def _ffn_sums(norm, dw1, taps, dw2, out, P, S1, S_taps, S2, C, M, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
     "The gradients of an FFN's parameters, in their order."
