@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from .scan import _pick, _scan_flops, _state_dtype
-from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_second_derivative, _parameter
+from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
 
 # %% ../nbs/02c_blocks.ipynb #02c00010
@@ -111,30 +111,28 @@ def _taken(flat, params, unit, wide, dims):
 
 # %% ../nbs/02c_blocks.ipynb #02c00021
 PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
-    gemm=lambda m, n, k: (128, 64, 64, 4, 3) if n <= 64 else (64, 128, 64, 4, 3) if n <= 128 or m < 8192 else (128, 128, 64, 4, 3),
-    wide=lambda n, k: (128, 128, 8, 3) if k <= 64 else (64, 64, 4, 3),
-    whole=lambda c: c <= 128,
-    rows_in=lambda c, l: (64, 4) if c <= 128 else (32, 8),
-    rows_out=lambda c, l: (64, 7, 4, 2) if c <= 64 else (32, 4, 4, 2),
-    rows_mix=lambda c, l: (32, 8),
-    mix_back=lambda c, l: (32, 4) if c <= 64 else (32, 8),
-    in_back=lambda c, l: (64, 4),
+    gemm=lambda m, n, k: ((128, 64, 64, 4, 3) if n <= 64 else (64, 128, 64, 4, 3) if n <= 128 or m < 8192 else
+                          (64, 128, 64, 8, 3) if k < 512 else (128, 128, 64, 4, 3)),
+    wide=lambda n, k: (128, 128, 8, 4) if k <= 64 else (64, 64, 4, 3),
+    whole=lambda c: c <= 128,                                                       # does a row fit into a program, beside C x C weights?
+    rows_in=lambda c, l: (64, 4, 4) if l >= 64 else (64, 8, 1),                     # and groups a program, where rows are long
+    rows_out=lambda c, l: (64, 14, 4, 2) if c <= 64 else (32, 4, 4, 2),             # the second: programs an image
+    rows_mix=lambda c, l: (64, 4) if l >= 64 else (32, 4),
+    out_back=lambda c, l: (32, 4),
+    mix_back=lambda c, l: (32, 4),
+    in_back=lambda c, l: (128, 8, 4) if c <= 64 else (64, 4, 1) if l >= 64 else (32, 4, 1),   # and groups a program
     wgrad=lambda n, k: (128, min(64, _p2(n)), min(64, _p2(k)), 4, 3) if min(n, k) <= 64 else (64, min(128, _p2(n)), min(128, _p2(k)), 4, 3),
-    norm=lambda c: (32, 4) if c <= 128 else (4, 2))
+    norm=lambda c: (32, 4) if c <= 128 else (4, 2),
+    norm_back=lambda c: (16, 2) if c <= 128 else (2, 2))
 
 # %% ../nbs/02c_blocks.ipynb #02c0002a
 def _units(units, c): return dict(UNIT=units[0], WIDE=units[1]) if units else dict(UNIT=c, WIDE=c)
 
 def _tiles(x, plan):
-    "(B, L, C), rows and warps a program, tiles an image."
+    "(B, L, C), rows and warps a program, tiles an image, further numbers of the plan."
     b, l, c = len(x), x.shape[1]*x.shape[2], x.shape[3]
-    bm, warps = PLANS[plan](c, l)
-    return b, l, c, bm, warps, _cdiv(l, bm)
-
-def _pieces(c, wide):
-    "Columns that a program multiplies at once, and how many times, for matrices of groups: the whole row, if it fits, or a group."
-    cw = c if PLANS['whole'](c) else wide
-    return dict(CW=cw, UP=_p2(cw), P=c//cw)
+    bm, warps, *more = PLANS[plan](c, l)
+    return b, l, c, bm, warps, _cdiv(l, bm), *more
 
 def _rows(x): return x.flatten(0, 2)
 
@@ -144,15 +142,20 @@ def _scaled(dy, scale):
 
 # %% ../nbs/02c_blocks.ipynb #02c00011
 @triton.jit
-def _row_stats(x, real, eps, CW: tl.constexpr, UP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, ST: tl.constexpr):
-    "Mean and 1/deviation of BM rows of P·CW numbers; x points at the rows' first numbers, (BM, 1)."
-    s = tl.zeros((BM,), ST); q = tl.zeros((BM,), ST)
-    for p in tl.static_range(P):
-        u = tl.arange(0, UP)
-        v = tl.load(x + (p*CW + u)[None], mask=(u < CW)[None], other=0).to(ST)
-        s += tl.sum(v, 1); q += tl.sum(v*v, 1)
+def _deviation(s, q, real, eps):
+    "Mean and 1/deviation from sums of `real` numbers and of their squares."
     mean = s/real
     return mean, 1/tl.sqrt(tl.maximum(q/real - mean*mean, 0) + eps)
+
+@triton.jit
+def _row_stats(x, C, real, eps, BM: tl.constexpr, BC: tl.constexpr, ST: tl.constexpr):
+    "Mean and 1/deviation of BM rows of C numbers; x points at the rows' first numbers, (BM, 1)."
+    s = tl.zeros((BM,), ST); q = tl.zeros((BM,), ST)
+    for k in range(0, C, BC):
+        c = k + tl.arange(0, BC)
+        v = tl.load(x + c[None], mask=(c < C)[None], other=0).to(ST)
+        s += tl.sum(v, 1); q += tl.sum(v*v, 1)
+    return _deviation(s, q, real, eps)
 
 # %% ../nbs/02c_blocks.ipynb #02c00012
 @triton.jit
@@ -187,8 +190,7 @@ def _rows_norm(x, gain, shift, y, stats, M, C, eps, UNIT: tl.constexpr, WIDE: tl
     row = tl.minimum(m, M - 1).to(tl.int64)
     at, mask = row[:,None]*C + c[None], ok[:,None] & in_c[None]
     v = tl.load(x + at, mask=mask, other=0).to(ST)
-    mean = tl.sum(v, 1)/real
-    rstd = 1/tl.sqrt(tl.maximum(tl.sum(v*v, 1)/real - mean*mean, 0) + eps)
+    mean, rstd = _deviation(tl.sum(v, 1), tl.sum(v*v, 1), real, eps)
     tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
     v = (v - mean[:,None])*rstd[:,None]*_vec(gain, c, in_c, UNIT, WIDE, ST)[None] + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
     tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
@@ -237,8 +239,7 @@ def _rows_wide(a, stats, gain, shift, w, bias, y, M, N, K, eps, sn, sk, UNIT: tl
     x = tl.load(a + row[:,None]*K + c[None], mask=in_c[None], other=0)
     if NORM:
         t, real = x.to(ST), K//WIDE*UNIT
-        mean = tl.sum(t, 1)/real
-        rstd = 1/tl.sqrt(tl.maximum(tl.sum(t*t, 1)/real - mean*mean, 0) + eps)
+        mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), real, eps)
         tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
         t = (t - mean[:,None])*rstd[:,None]*_vec(gain, c, in_c, UNIT, WIDE, ST)[None] + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
         x = t.to(DT)
@@ -254,6 +255,8 @@ def _rows_wide(a, stats, gain, shift, w, bias, y, M, N, K, eps, sn, sk, UNIT: tl
 def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     "res + scale·(a wᵀ + bias); a (M, K); w (N, K), any strides; bias one a column, scale one an image."
     (m, k), n = a.shape, w.shape[0]
+    if min(n, k) >= 256 and res is None and scale is None and units is None:
+        with _no_autocast(a): return F.linear(a, w, None if bias is None else bias.to(a.dtype))
     y = a.new_empty(m, n)
     if k <= 128 and n >= 4*k and res is None and scale is None and units is None: return _wide(a, a, None, w, bias, y)
     bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
@@ -283,36 +286,65 @@ def norm_gemm(x, norm, w, bias, units):
     xn, stats = norm_rows(x, *norm, units)
     return gemm(xn, w, bias), stats
 
+# %% ../nbs/02c_blocks.ipynb #02c00116
+@triton.jit
+def _rows_in_whole(x, gain, shift, w, zx, sums, stats, L, C, eps, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
+    CP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "For rows that fit into a program: x and z of a tile, from their LayerNorm, whose column sums are kept too."
+    r, c = tl.program_id(0) % tiles*BM + tl.arange(0, BM), tl.arange(0, CP)
+    ok, row, in_c = r < L, ((tl.program_id(0)//tiles).to(tl.int64)*L + tl.minimum(r, L - 1)), c < C
+    mask, both = ok[:,None] & in_c[None], in_c[None] & in_c[:,None]
+    t = tl.load(x + row[:,None]*C + c[None], mask=mask, other=0).to(ST)
+    mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), C//WIDE*UNIT, eps)
+    tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
+    t = (t - mean[:,None])*rstd[:,None]*_vec(gain, c, in_c, UNIT, WIDE, ST)[None] + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
+    t = tl.where(ok[:,None], t, 0.)
+    tl.store(sums + tl.program_id(0).to(tl.int64)*C + c, tl.sum(t, 0), mask=in_c)
+    for half in tl.static_range(2):
+        s = tl.dot(t.to(DT), _groups(w, (c + (c//WIDE + half)*WIDE)[None], c[None], c[:,None], both, WIDE, DT), input_precision='ieee')
+        tl.store(zx + row[:,None]*(2*C) + (half*C + c)[None], s.to(zx.dtype.element_ty), mask=mask)
+
 # %% ../nbs/02c_blocks.ipynb #02c00016
 @triton.jit
-def _rows_in(x, gain, shift, w, zx, sums, stats, L, C, eps, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, CW: tl.constexpr,
-    UP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "x and z of a tile of rows, from their LayerNorm, whose column sums are kept too."
-    r, u = tl.program_id(0) % tiles*BM + tl.arange(0, BM), tl.arange(0, UP)
-    ok, row, in_u = r < L, ((tl.program_id(0)//tiles).to(tl.int64)*L + tl.minimum(r, L - 1)), u < CW
-    mask, both = ok[:,None] & in_u[None], in_u[None] & in_u[:,None]
+def _rows_in(x, gain, shift, w, zx, sums, stats, L, C, eps, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, UP: tl.constexpr, GP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "x and z of the groups of a tile of rows, from their LayerNorm, whose column sums are kept too."
+    r = tl.program_id(0) % tiles*BM + tl.arange(0, BM)
+    ok, row = r < L, ((tl.program_id(0)//tiles).to(tl.int64)*L + tl.minimum(r, L - 1))
     x += row[:,None]*C
-    mean, rstd = _row_stats(x, C//WIDE*UNIT, eps, CW, UP, P, BM, ST)
-    tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
-    for p in tl.static_range(P):
-        c = p*CW + u
-        t = tl.where(ok[:,None], _normed(x, mean, rstd, gain, shift, c, in_u, UNIT, WIDE, ST), 0.)
-        tl.store(sums + tl.program_id(0).to(tl.int64)*C + c, tl.sum(t, 0), mask=in_u)
-        for half in tl.static_range(2):
-            wg = _groups(w, (c + (c//WIDE + half)*WIDE)[None], c[None], c[:,None], both, WIDE, DT)
-            s = tl.dot(t.to(DT), wg, input_precision='ieee')
-            tl.store(zx + row[:,None]*(2*C) + (half*C + c)[None], s.to(zx.dtype.element_ty), mask=mask)
+    mean, rstd = _row_stats(x, C, C//WIDE*UNIT, eps, BM, BC, ST)
+    if tl.program_id(1) == 0:
+        tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
+    u = tl.arange(0, UP)
+    in_u = u < WIDE
+    for i in range(GP):
+        g = tl.program_id(1)*GP + i
+        t = tl.where(ok[:,None], _normed(x, mean, rstd, gain, shift, g*WIDE + u, in_u, UNIT, WIDE, ST), 0.)
+        tl.store(sums + tl.program_id(0).to(tl.int64)*C + g*WIDE + u, tl.sum(t, 0), mask=in_u)
+        out, mask = zx + row[:,None]*(2*C) + (g*WIDE + u)[None], ok[:,None] & in_u[None]
+        wg, t = w + g*(2*WIDE*WIDE), t.to(DT)
+        s = tl.dot(t, _block(wg, u, u, in_u, in_u, WIDE, 1, DT), input_precision='ieee')
+        tl.store(out, s.to(zx.dtype.element_ty), mask=mask)
+        s = tl.dot(t, _block(wg + WIDE*WIDE, u, u, in_u, in_u, WIDE, 1, DT), input_precision='ieee')
+        tl.store(out + C, s.to(zx.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c00017
+@triton.jit
+def _sum_tiles(sums, tiles, stride, c, in_c, CP: tl.constexpr, ST: tl.constexpr):
+    "The sum of what an image's tiles left, sixteen at a time."
+    s = tl.zeros((CP,), ST)
+    for i in range(0, tiles, 16):
+        t = i + tl.arange(0, 16)
+        s += tl.sum(tl.load(sums + t[:,None]*stride + c[None], mask=(t < tiles)[:,None] & in_c[None], other=0), 0)
+    return s
+
 @triton.jit
 def _gate(sums, w1, b1, w2, b2, mean, gate, L, C, R, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr,
     ST: tl.constexpr):
     "Eq. 7-8 for one image, from its column sums."
     b, c, j = tl.program_id(0).to(tl.int64), tl.arange(0, CP), tl.arange(0, RP)
     in_c, in_j = c < C, j < R
-    m = tl.zeros((CP,), ST)
-    for i in range(tiles): m += tl.load(sums + (b*tiles + i)*C + c, mask=in_c, other=0)
-    m = m/L
+    m = _sum_tiles(sums + b*tiles*C, tiles, C, c, in_c, CP, ST)/L
     tl.store(mean + b*C + c, m, mask=in_c)
     p, in_p = _parameter(c, in_c, UNIT, WIDE)
     both, real = in_j[:,None] & in_p[None], C//WIDE*UNIT
@@ -324,32 +356,18 @@ def _gate(sums, w1, b1, w2, b2, mean, gate, L, C, R, tiles, UNIT: tl.constexpr, 
 # %% ../nbs/02c_blocks.ipynb #02c0012b
 def _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide):
     "zx (B, H, W, 2C), statistics of the rows (M, 2), mean and gate of every image (B, C). w_in has room between its groups."
-    b, l, c, bm, warps, tiles = _tiles(x, 'rows_in')
+    b, l, c, bm, warps, tiles, gp = _tiles(x, 'rows_in')
     st, groups, types = _state_dtype(x), dict(UNIT=len(gain)*wide//c, WIDE=wide), _types(x)
     def new(*s): return x.new_empty(*s, dtype=st)
     zx, stats, sums, mean, gate = x.new_empty(*x.shape[:3], 2*c), new(b*l, 2), new(b*tiles, c), new(b, c), new(b, c)
+    given = x, gain, shift, w_in, zx, sums, stats, l, c, eps, tiles
     with _on(x):
-        _rows_in[(b*tiles,)](x, gain, shift, w_in, zx, sums, stats, l, c, eps, tiles, BM=bm, **_pieces(c, wide), **groups, **types,
-                             num_warps=warps)
+        if PLANS['whole'](c): _rows_in_whole[(b*tiles,)](*given, BM=bm, CP=_p2(c), **groups, **types, num_warps=warps)
+        else: _rows_in[(b*tiles, c//wide//gp)](*given, BM=bm, BC=min(128, _p2(c)), UP=_p2(wide), GP=gp, **groups, **types, num_warps=warps,
+                                               num_stages=1)
         _gate[(b,)](sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'],
                     num_warps=8)
     return zx, stats, mean, gate
-
-# %% ../nbs/02c_blocks.ipynb #02c00019
-@triton.jit
-def _mixed(v, x, row, c, mask, in_c, mean, rstd, gain, shift, w, gate, C, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr,
-    DT: tl.constexpr):
-    "For columns c of rows: o = v wᵀ, the LayerNorm of x, and the gate."
-    wg = _groups(w, c[None], c[None], c[:,None], in_c[None] & in_c[:,None], WIDE, DT)
-    o = tl.dot(tl.load(v + row[:,None]*C + c[None], mask=mask, other=0).to(DT), wg, input_precision='ieee').to(ST)
-    n = _normed(x + row[:,None]*C, mean, rstd, gain, shift, c, in_c, UNIT, WIDE, ST)
-    return o, n, tl.load(gate + c, mask=in_c, other=0).to(ST)[None]
-
-@triton.jit
-def _deviation(s, q, real, eps):
-    "Mean and 1/deviation from sums of `real` numbers and of their squares."
-    mean = s/real
-    return mean, 1/tl.sqrt(tl.maximum(q/real - mean*mean, 0) + eps)
 
 # %% ../nbs/02c_blocks.ipynb #02c0011a
 @triton.jit
@@ -373,49 +391,54 @@ def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, L,
         if SCALE: t *= tl.load(scale + b).to(ST)
         tl.store(y + at, (xr + t).to(y.dtype.element_ty), mask=mask)
 
+# %% ../nbs/02c_blocks.ipynb #02c00019
+@triton.jit
+def _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr,
+    ST: tl.constexpr):
+    "For a tile of an image's rows and one group: row numbers, columns, which of both exist, the LayerNorm of x and the gate."
+    r, b = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64)
+    u = tl.arange(0, UP)
+    in_u, c, row = u < WIDE, tl.program_id(1)*WIDE + u, b*L + tl.minimum(r, L - 1)
+    mean, rstd = tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST)
+    t = _normed(x + row[:,None]*C, mean, rstd, gain, shift, c, in_u, UNIT, WIDE, ST)
+    return row, c, in_u, (r < L)[:,None] & in_u[None], t, tl.load(gate + b*C + c, mask=in_u, other=0).to(ST)[None]
+
 # %% ../nbs/02c_blocks.ipynb #02c0001a
 @triton.jit
-def _rows_mix(v, x, stats, gain, shift, w, skip, gate, tn, L, C, tiles, eps, UNIT: tl.constexpr, WIDE: tl.constexpr, CW: tl.constexpr,
-    UP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "LN((v wᵀ)·skip·norm(x)·gate), piece by piece, twice."
-    r, b, u = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64), tl.arange(0, UP)
-    in_u, row, f = u < CW, b*L + tl.minimum(r, L - 1), tl.load(skip).to(ST)
-    mask = (r < L)[:,None] & in_u[None]
-    mean, rstd = tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST)
-    s = tl.zeros((BM,), ST); q = tl.zeros((BM,), ST)
-    for p in range(P):
-        o, n, a = _mixed(v, x, row, p*CW + u, mask, in_u, mean, rstd, gain, shift, w, gate + b*C, C, UNIT, WIDE, ST, DT)
-        t = f*o*n*a
-        s += tl.sum(t, 1); q += tl.sum(t*t, 1)
-    m, d = _deviation(s, q, C//WIDE*UNIT, eps)
-    for p in range(P):
-        c = p*CW + u
-        o, n, a = _mixed(v, x, row, c, mask, in_u, mean, rstd, gain, shift, w, gate + b*C, C, UNIT, WIDE, ST, DT)
-        t = (f*o*n*a - m[:,None])*d[:,None]*_vec(gain, c, in_u, UNIT, WIDE, ST)[None] + _vec(shift, c, in_u, UNIT, WIDE, ST)[None]
-        tl.store(tn + row[:,None]*C + c[None], t.to(tn.dtype.element_ty), mask=mask)
+def _rows_mix(v, x, stats, gain, shift, w, skip, gate, t, L, C, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
+    UP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "t = (v wᵀ)·skip·norm(x)·gate, a group at a time."
+    row, c, in_u, mask, xn, g = _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT, WIDE, BM, UP, ST)
+    u, at = tl.arange(0, UP), row[:,None]*C + c[None]
+    wg = _block(w + tl.program_id(1)*(WIDE*WIDE), u, u, in_u, in_u, WIDE, 1, DT)
+    o = tl.dot(tl.load(v + at, mask=mask, other=0).to(DT), wg, input_precision='ieee').to(ST)
+    tl.store(t + at, (o*tl.load(skip).to(ST)*xn*g).to(t.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c0011c
 def _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide):
-    "y = x + scale·(LN(t) wᵀ + bias): from v to the end of the mixer."
-    y, l, c = _new(x), x.shape[1]*x.shape[2], x.shape[3]
-    groups, given = dict(UNIT=len(gain)*wide//c, WIDE=wide), (v, x, stats, gain, shift, w_out, skip, gate)
+    "y = x + scale·(LN(t) wᵀ + bias), the mixer's end; for long rows t and its statistics, which are nobody's otherwise."
+    l, c = x.shape[1]*x.shape[2], x.shape[3]
+    units = len(gain)*wide//c, wide
+    given, groups = (v, x, stats, gain, shift, w_out, skip, gate), _units(units, c)
     if PLANS['whole'](c):
-        bm, share, warps, stages = PLANS['rows_out'](c, l)
+        y, (bm, share, warps, stages) = _new(x), PLANS['rows_out'](c, l)
         rows = _cdiv(_cdiv(l, share), bm)*bm
         tiles = _cdiv(l, rows)
         with _on(x): _rows_out[(len(x)*tiles,)](
             *given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c), SCALE=scale is not None,
             **groups, **_types(x), num_warps=warps, num_stages=stages)
-        return y
+        return y, x.new_empty(0), stats.new_empty(0, 2)
     b, l, c, bm, warps, tiles = _tiles(x, 'rows_mix')
-    with _on(x): _rows_mix[(b*tiles,)](*given, y, l, c, tiles, eps, BM=bm, **_pieces(c, wide), **groups, **_types(x), num_warps=warps,
-                                       num_stages=1)
-    return gemm(_rows(y), w, bias, _rows(x), scale, l, tuple(groups.values())).view_as(x)
+    t = _new(x)
+    with _on(x): _rows_mix[(b*tiles, c//wide)](*given, t, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **_types(x), num_warps=warps)
+    tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
+    return gemm(tn, w, bias, _rows(x), scale, l, units).view_as(x), t, tstats
 
 # %% ../nbs/02c_blocks.ipynb #02c0002b
 def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias,
                   eps, geps, walks):
-    "y, and for the backward pass zx, u, borders, v, the statistics of x, the mean of every image, its gate, and the matrices as products take them."
+    """y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image, its gate, and the
+    matrices as products take them."""
     c, wide = x.shape[3], x.shape[3]//len(walks)
     unit = len(gain)//len(walks)
     units = unit, wide
@@ -425,8 +448,8 @@ def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt
     zx, stats, mean, gate = _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide)
     u = _conv(zx[...,:c], k, kb, 'silu', unit=unit if wide > unit else None)
     v, borders = _gated(u, zx, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, log=True)
-    y = _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
-    return y, zx, u, borders, v, stats, mean, gate, ready
+    y, t, tstats = _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
+    return y, zx, u, borders, v, t, stats, tstats, mean, gate, ready
 
 # %% ../nbs/02c_blocks.ipynb #02c0002e
 def ffn_forward(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
@@ -464,13 +487,15 @@ def _rows_norm_back(g, x, stats, gain, res, dx, part, M, C, rows, UNIT: tl.const
     tl.store(part, dgain, mask=in_c); tl.store(part + C, dshift, mask=in_c)
 
 # %% ../nbs/02c_blocks.ipynb #02c00027
+def _shares(x): return min(1056, len(x))                             # eight programs a processor
+
 def _parts(x, more=0):
-    "Room for shares (1, S, 2, C): `more`, and behind them those of `norm_back`, four programs a processor."
-    return x.new_empty(1, more + min(528, x.shape[0]), 2, x.shape[1], dtype=_state_dtype(x))
+    "Room for shares (1, S, 2, C): `more`, and behind them those of `norm_back` of rows x."
+    return x.new_empty(1, more + _shares(x), 2, x.shape[1], dtype=_state_dtype(x))
 
 def norm_back(g, x, stats, gain, part, res=None, units=None):
     "res + the gradient of a LayerNorm's input from that of its output; shares of those of gain and shift go to `part`. Rows (M, C)."
-    (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
+    (m, c), (bm, warps) = x.shape, PLANS['norm_back'](x.shape[1])
     rows = _cdiv(_cdiv(m, len(part)), bm)*bm
     dx = torch.empty_like(x)
     with _on(x): _rows_norm_back[(len(part),)](
@@ -515,70 +540,81 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
         BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)
     return shares
 
+# %% ../nbs/02c_blocks.ipynb #02c0011b
+@triton.jit
+def _rows_out_back(ds, v, x, stats, gain, shift, w_out, skip, gate, w, do, dv, dxn, tn, shares, L, C, tiles, eps, UNIT: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "From the gradient of LN(t) wᵀ: those of o, v and norm(x), LN(t) itself, and of every tile the sums for gate, gain and shift."
+    r, b, c = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64), tl.arange(0, CP)
+    in_c, row, real = c < C, b*L + tl.minimum(r, L - 1), C//WIDE*UNIT
+    mask, both, at = (r < L)[:,None] & in_c[None], in_c[None] & in_c[:,None], row[:,None]*C + c[None]
+    gn, in_p = _vec(gain, c, in_c, UNIT, WIDE, ST)[None], _parameter(c, in_c, UNIT, WIDE)[1][None]
+    wo = _groups(w_out, c[None], c[None], c[:,None], both, WIDE, DT)
+    o = tl.dot(tl.load(v + at, mask=mask, other=0).to(DT), wo, input_precision='ieee').to(ST)
+    n = _normed(x + row[:,None]*C, tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST), gain, shift, c, in_c, UNIT, WIDE, ST)
+    f = tl.load(gate + b*C + c, mask=in_c, other=0).to(ST)[None]*tl.load(skip).to(ST)
+    t = o*n*f
+    mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), real, eps)
+    h = tl.where(in_p, (t - mean[:,None])*rstd[:,None], 0.)
+    tl.store(tn + at, (h*gn + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]).to(tn.dtype.element_ty), mask=mask)
+    d = tl.dot(tl.load(ds + at, mask=mask, other=0).to(DT), _block(w, c, c, in_c, in_c, 1, C, DT), input_precision='ieee').to(ST)
+    shares += tl.program_id(0).to(tl.int64)*(3*C) + c
+    tl.store(shares + C, tl.sum(d*h, 0), mask=in_c); tl.store(shares + 2*C, tl.sum(d, 0), mask=in_c)
+    d *= gn
+    d = tl.where(in_p, rstd[:,None]*(d - (tl.sum(d, 1)/real)[:,None] - h*(tl.sum(d*h, 1)/real)[:,None]), 0.)
+    tl.store(shares, tl.sum(d*o*n, 0), mask=in_c)
+    tl.store(dxn + at, (d*o*f).to(dxn.dtype.element_ty), mask=mask)
+    d = (d*n*f).to(DT)
+    tl.store(do + at, d.to(do.dtype.element_ty), mask=mask)
+    wo = _groups(w_out, c[:,None], c[:,None], c[None], both, WIDE, DT)
+    tl.store(dv + at, tl.dot(d, wo, input_precision='ieee').to(dv.dtype.element_ty), mask=mask)
+
 # %% ../nbs/02c_blocks.ipynb #02c0001b
 @triton.jit
-def _rows_mix_back(g, wp, v, x, stats, gain, shift, w, skip, gate, do, dv, dxn, tn, shares, L, C, tiles, eps, UNIT: tl.constexpr,
-    WIDE: tl.constexpr, CW: tl.constexpr, UP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "LN(t), gradients of o = v wᵀ, of v and of norm(x), sums; g is the gradient of LN(t), or if P = 1 that of LN(t) wpᵀ."
-    r, b, u = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64), tl.arange(0, UP)
-    in_u, row, f = u < CW, b*L + tl.minimum(r, L - 1), tl.load(skip).to(ST)
-    mask, both, real = (r < L)[:,None] & in_u[None], in_u[None] & in_u[:,None], C//WIDE*UNIT
-    mean, rstd = tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST)
-    gate += b*C; shares += tl.program_id(0).to(tl.int64)*(3*C)
-    s = tl.zeros((BM,), ST); q = tl.zeros((BM,), ST); sd = tl.zeros((BM,), ST); sdt = tl.zeros((BM,), ST)
-    for p in range(P if P > 1 else 0):
-        c = p*CW + u
-        o, n, a = _mixed(v, x, row, c, mask, in_u, mean, rstd, gain, shift, w, gate, C, UNIT, WIDE, ST, DT)
-        t, d = f*o*n*a, tl.load(g + row[:,None]*C + c[None], mask=mask, other=0).to(ST)*_vec(gain, c, in_u, UNIT, WIDE, ST)[None]
-        s += tl.sum(t, 1); q += tl.sum(t*t, 1); sd += tl.sum(d, 1); sdt += tl.sum(d*t, 1)
-    for p in range(P):
-        c = p*CW + u
-        at, gn = row[:,None]*C + c[None], _vec(gain, c, in_u, UNIT, WIDE, ST)[None]
-        o, n, a = _mixed(v, x, row, c, mask, in_u, mean, rstd, gain, shift, w, gate, C, UNIT, WIDE, ST, DT)
-        dn = tl.load(g + at, mask=mask, other=0)
-        if P == 1: dn = tl.dot(dn.to(DT), _block(wp, c, c, in_u, in_u, 1, C, DT), input_precision='ieee')
-        dn = dn.to(ST)
-        t, d = f*o*n*a, dn*gn
-        if P == 1: s = tl.sum(t, 1); q = tl.sum(t*t, 1); sd = tl.sum(d, 1); sdt = tl.sum(d*t, 1)
-        m, k = _deviation(s, q, real, eps)
-        in_p = _parameter(c, in_u, UNIT, WIDE)[1][None]
-        h = tl.where(in_p, (t - m[:,None])*k[:,None], 0.)
-        tl.store(tn + at, (h*gn + _vec(shift, c, in_u, UNIT, WIDE, ST)[None]).to(tn.dtype.element_ty), mask=mask)
-        d = tl.where(in_p, k[:,None]*(d - (sd/real)[:,None] - h*((sdt - m*sd)*k/real)[:,None]), 0.)
-        tl.store(shares + c, tl.sum(d*o*n, 0), mask=in_u)
-        tl.store(shares + C + c, tl.sum(dn*h, 0), mask=in_u); tl.store(shares + 2*C + c, tl.sum(dn, 0), mask=in_u)
-        tl.store(dxn + at, (d*f*o*a).to(dxn.dtype.element_ty), mask=mask)
-        d = (d*f*n*a).to(DT)
-        tl.store(do + at, d.to(do.dtype.element_ty), mask=mask)
-        d = tl.dot(d, _groups(w, c[:,None], c[:,None], c[None], both, WIDE, DT), input_precision='ieee')
-        tl.store(dv + at, d.to(dv.dtype.element_ty), mask=mask)
+def _rows_mix_back(dt, v, x, stats, gain, shift, w, skip, gate, do, dv, dxn, q, L, C, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, UP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Gradients of o = v wᵀ, of v and of norm(x), and for every image, tile and channel the sum of dt·o·norm(x)."
+    row, c, in_u, mask, xn, g = _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT, WIDE, BM, UP, ST)
+    u, at = tl.arange(0, UP), row[:,None]*C + c[None]
+    wg = w + tl.program_id(1)*(WIDE*WIDE)
+    o = tl.load(v + at, mask=mask, other=0).to(DT)
+    o = tl.dot(o, _block(wg, u, u, in_u, in_u, WIDE, 1, DT), input_precision='ieee').to(ST)
+    d, s = tl.load(dt + at, mask=mask, other=0).to(ST), tl.load(skip).to(ST)
+    tl.store(q + tl.program_id(0).to(tl.int64)*C + c, tl.sum(d*o*xn, 0), mask=in_u)
+    tl.store(dxn + at, (d*o*s*g).to(dxn.dtype.element_ty), mask=mask)
+    d = (d*s*xn*g).to(DT)
+    tl.store(do + at, d.to(do.dtype.element_ty), mask=mask)
+    d = tl.dot(d, _block(wg, u, u, in_u, in_u, 1, WIDE, DT), input_precision='ieee')
+    tl.store(dv + at, d.to(dv.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c0012c
-def _mix_back(ds, v, x, stats, gain, shift, w_out, skip, gate, w, eps, wide):
-    "Gradients of o, of v and of norm(x), LN(t), and for every image and tile the sums q and the shares of gain and shift (B, tiles, 3, C)."
-    b, l, c, bm, warps, tiles = _tiles(x, 'mix_back')
-    do, dv, dxn, tn, shares = *(_new(x) for _ in range(4)), x.new_empty(b, tiles, 3, c, dtype=_state_dtype(x))
-    pieces = _pieces(c, wide)
-    g = ds if pieces['P'] == 1 else gemm(ds, w.t())
-    with _on(x): _rows_mix_back[(b*tiles,)](
-        g, w, v, x, stats, gain, shift, w_out, skip, gate, do, dv, dxn, tn, shares, l, c, tiles, eps, UNIT=len(gain)*wide//c, WIDE=wide,
-        BM=bm, **pieces, **_types(x), num_warps=warps, num_stages=1)
-    return _rows(do), dv, _rows(dxn), _rows(tn), shares
+def _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, part):
+    "Gradients of o, v and norm(x), LN(t), and of every image and tile the sums q, or (q, shares of gain and shift): (B, tiles, 1 or 3, C)."
+    wide, whole = units[1], PLANS['whole'](x.shape[3])
+    b, l, c, bm, warps, tiles = _tiles(x, 'out_back' if whole else 'mix_back')
+    do, dv, dxn, sums = _new(x), _new(x), _new(x), x.new_empty(b, tiles, 3 if whole else 1, c, dtype=_state_dtype(x))
+    given, meta = (v, x, stats, gain, shift, w_out, skip, gate), _units(units, c) | _types(x) | dict(BM=bm, num_warps=warps)
+    if whole:
+        tn = torch.empty_like(ds)
+        with _on(x): _rows_out_back[(b*tiles,)](ds, *given, w, do, dv, dxn, tn, sums, l, c, tiles, eps, CP=_p2(c), **meta)
+    else:
+        tn, dt = norm_rows(_rows(t), gain, shift, eps, units)[0], norm_back(gemm(ds, w.t()), _rows(t), tstats, gain, part, units=units)
+        with _on(x): _rows_mix_back[(b*tiles, c//wide)](dt, *given, do, dv, dxn, sums, l, c, tiles, UP=_p2(wide), **meta)
+    return do, dv, _rows(dxn), tn, sums
 
 # %% ../nbs/02c_blocks.ipynb #02c00018
 @triton.jit
-def _gate_back(shares, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mean_out, dskip, part, L, C, R, tiles, UNIT: tl.constexpr,
-    WIDE: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, ST: tl.constexpr):
-    "Back through the gate of one image, from the sums q: gradients of mean, hidden units, sigmoid's argument; shares of skip, gain, shift."
+def _gate_back(sums, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out, mean_out, dskip, part, L, C, R, tiles,
+    SHARES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, ST: tl.constexpr):
+    "Back through the gate of one image, from the sums q: gradients of mean, hidden units, sigmoid's argument; a share of that of skip."
     b, c, j = tl.program_id(0).to(tl.int64), tl.arange(0, CP), tl.arange(0, RP)
     in_c, in_j, real = c < C, j < R, C//WIDE*UNIT
     p, in_p = _parameter(c, in_c, UNIT, WIDE)
     both = in_j[:,None] & in_p[None]
-    s = tl.zeros((CP,), ST); dgain = tl.zeros((CP,), ST); dshift = tl.zeros((CP,), ST)
-    for i in range(tiles):
-        q = shares + (b*tiles + i)*(3*C) + c
-        s += tl.load(q, mask=in_c, other=0); dgain += tl.load(q + C, mask=in_c, other=0); dshift += tl.load(q + 2*C, mask=in_c, other=0)
-    tl.store(part + 2*b*C + c, dgain, mask=in_c); tl.store(part + (2*b + 1)*C + c, dshift, mask=in_c)
+    s = _sum_tiles(sums + b*tiles*SHARES*C, tiles, SHARES*C, c, in_c, CP, ST)
+    if SHARES == 3:
+        tl.store(part + 2*b*C + c, _sum_tiles(sums + (b*tiles*3 + 1)*C, tiles, 3*C, c, in_c, CP, ST), mask=in_c)
+        tl.store(part + (2*b + 1)*C + c, _sum_tiles(sums + (b*tiles*3 + 2)*C, tiles, 3*C, c, in_c, CP, ST), mask=in_c)
     g, m = tl.load(gate + b*C + c, mask=in_c, other=0), tl.load(mean + b*C + c, mask=in_c, other=0)
     tl.store(dskip + b, tl.sum(s*g, 0))
     d = tl.where(in_p, s*tl.load(skip).to(ST)*g*(1 - g), 0.)
@@ -590,21 +626,21 @@ def _gate_back(shares, mean, gate, w1, b1, w2, skip, dmean, h_out, dh_out, d_out
     tl.store(d_out + b*real + p, d, mask=in_p); tl.store(mean_out + b*real + p, m, mask=in_p)
 
 # %% ../nbs/02c_blocks.ipynb #02c0112c
-def _gate_grads(shares, x, mean, gate, w1, b1, w2, skip, unit, part):
+def _gate_grads(sums, x, mean, gate, w1, b1, w2, skip, unit, part):
     """Of every image: the gradient of its mean; its hidden units, their gradients, those of the sigmoid's argument, its mean; a share of that of skip.
-    Those of gain and shift go to `part`."""
-    (b, tiles, _, c), r, l = shares.shape, len(b1), x.shape[1]*x.shape[2]
+    Those of gain and shift, if there are any, go to `part`."""
+    (b, tiles, n, c), r, l = sums.shape, len(b1), x.shape[1]*x.shape[2]
     real = w1.shape[1]
-    dmean, h, dh, d, m, dskip = (shares.new_empty(b, k) for k in (c, r, r, real, real, 1))
-    with _on(x): _gate_back[(b,)](shares, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, part, l, c, r, tiles, CP=_p2(c), RP=_p2(r),
-                                  UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
+    dmean, h, dh, d, m, dskip = (sums.new_empty(b, k) for k in (c, r, r, real, real, 1))
+    with _on(x): _gate_back[(b,)](sums, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, part, l, c, r, tiles, SHARES=n,
+                                  CP=_p2(c), RP=_p2(r), UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
     return dmean, (h, dh, d, m), dskip
 
 # %% ../nbs/02c_blocks.ipynb #02c0001c
 @triton.jit
-def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, CW: tl.constexpr, UP: tl.constexpr, P: tl.constexpr,
-    BM: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "Adds to dxn what comes through the in-projection and through the mean of each image, for piece number program_id(1)."
+def _rows_in_back(dzx, w, dmean, dxn, L, C, tiles, WIDE: tl.constexpr, CW: tl.constexpr, UP: tl.constexpr, BM: tl.constexpr,
+    ST: tl.constexpr, DT: tl.constexpr):
+    "Adds to dxn what comes through the in-projection and through the mean of each image, for CW columns: one group or all."
     r, b, u = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64), tl.arange(0, UP)
     in_u, c, row = u < CW, tl.program_id(1)*CW + u, b*L + tl.minimum(r, L - 1)
     mask, both, at = (r < L)[:,None] & in_u[None], in_u[None] & in_u[:,None], row[:,None]*C + c[None]
@@ -752,27 +788,27 @@ def _ffn_finish(params, norm, dw1, taps, dw2, wide):
     return out
 
 # %% ../nbs/02c_blocks.ipynb #02c0002c
-def mixer_backward(dy, x, zx, u, borders, v, stats, mean, gate, ready, scale, *args):
+def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args):
     "Gradients of x and, side by side in one tensor, of all parameters: `_grads` takes it apart."
     *params, eps, geps, walks = args
     gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias = params
     G, c = len(walks), x.shape[3]
     units = unit, wide = len(gain)//G, c//G
     w_in, w_out, w = _taken(ready, (w_in, w_out, w), *units, MIXER_DIMS)
-    ds, part = _scaled(dy, scale), _parts(_rows(x), len(x))
-    do, dv, dxn, tn, shares = _mix_back(ds, v, x, stats, gain, shift, w_out, skip, gate, w, eps, wide)
-    dw, dw_out = wgrad(ds, tn, bias=True), wgrad(do, _rows(v), groups=G)
-    del ds, tn, do
-    dmean, dgate, dskip = _gate_grads(shares, x, mean, gate, w1, b1, w2, skip, unit, part)
+    ds, part = _scaled(dy, scale), _parts(_rows(x), more := len(x) if PLANS['whole'](c) else _shares(_rows(x)))
+    first, second = part[0,:more], part[0,more:]
+    do, dv, dxn, tn, sums = _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, first)
+    dw, dw_out = wgrad(ds, tn, bias=True), wgrad(_rows(do), _rows(v), groups=G)
+    del ds, do, tn
+    dmean, dgate, dskip = _gate_grads(sums, x, mean, gate, w1, b1, w2, skip, unit, first)
     dzx = _new(zx)
     du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, dzx, log=True)
     taps = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=unit if wide > unit else None)[1]
-    b, l, c, bm, warps, tiles = _tiles(x, 'in_back')
-    pieces = _pieces(c, wide)
-    with _on(x): _rows_in_back[(b*tiles, pieces['P'])](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, BM=bm, **pieces, **_types(x),
-                                                       num_warps=warps)
+    b, l, c, bm, warps, tiles, gp = _tiles(x, 'in_back')
+    with _on(x): _rows_in_back[(b*tiles, G//gp)](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, CW=gp*wide, UP=_p2(gp*wide), BM=bm,
+                                                 **_types(x), num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
-    dx = norm_back(dxn, _rows(x), stats, gain, part[0, len(x):], _rows(dy), units)
+    dx = norm_back(dxn, _rows(x), stats, gain, second, _rows(dy), units)
     return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, wide)
 
 # %% ../nbs/02c_blocks.ipynb #02c0002f
@@ -803,9 +839,9 @@ def _operator(name, f, given, params, options, results):
     schema = f'({", ".join(tensors)}) -> ({", ".join(["Tensor"]*results)})'
     return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=schema)
 
-_kept = 'x zx u borders v stats mean gate ready'.split()
+_kept = 'x zx u borders v t stats tstats mean gate ready'.split()
 _mixer_options, _ffn_options = ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer_op = _operator('mixer_block', mixer_forward, ['x'], _MIXER, _mixer_options, 9)
+_mixer_op = _operator('mixer_block', mixer_forward, ['x'], _MIXER, _mixer_options, 11)
 _mixer_backward_op = _operator('mixer_block_backward', mixer_backward, ['dy', *_kept], _MIXER, _mixer_options, 2)
 _ffn_op = _operator('ffn_block', ffn_forward, ['x'], _FFN, _ffn_options, 4)
 _ffn_backward_op = _operator('ffn_block_backward', ffn_backward, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, _ffn_options, 2)
@@ -815,12 +851,13 @@ _ffn_backward_op = _operator('ffn_block_backward', ffn_backward, ['dy', 'x', 'h'
 def _(x, scale, *args):
     (b, h, w, c), walks, st = x.shape, args[-1], _state_dtype(x)
     def new(*s, dtype=st): return x.new_empty(*s, dtype=dtype)
+    t = x.new_empty(0) if PLANS['whole'](c) else _new(x)
     borders = new(b, -(-(h*w)//_scan_plan(c//len(walks))[0]), args[11].shape[1], c)
-    return (_new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), new(b*h*w, 2), new(b, c), new(b, c),
+    return (_new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), t, new(b*h*w, 2), new(len(t)*h*w, 2), new(b, c), new(b, c),
             new(c*(3*(c//len(walks)) + c), dtype=x.dtype))
 
 @_mixer_backward_op.register_fake
-def _(dy, x, zx, u, borders, v, stats, mean, gate, ready, scale, *args): return _new(x), _flat(args[:20], x)
+def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args): return _new(x), _flat(args[:20], x)
 
 # %% ../nbs/02c_blocks.ipynb #02c00034
 @_ffn_op.register_fake
