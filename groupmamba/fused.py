@@ -22,7 +22,7 @@ else:
     import triton
     import triton.language as tl
     from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back, _on, _places, _softplus, _store_state
-    from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _write as _write4
+    from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _row as _row_of, _write as _write4
 
 # %% ../nbs/02b_fused.ipynb #909904c4
 _ACTS = {'none': lambda x: x, 'silu': F.silu, 'gelu': F.gelu}
@@ -495,11 +495,16 @@ def _store_states(ptr, channels, h, e, in_d, i, N: tl.constexpr, RUNS: tl.conste
     else: tl.store(ptr + (i[:,None]*channels + e[None]), h, mask=(i < N)[:,None] & in_d[None])
 
 @triton.jit
-def _join(left, added, P, s, i, n, N: tl.constexpr, BACK: tl.constexpr):
+def _whole_tile(P, S, RUNS: tl.constexpr, BACK: tl.constexpr):
+    "What a tile does to a state, from what its runs do: in every row. (A scan keeps their order; `tl.reduce` may take them in any.)"
+    p, s = tl.associative_scan((P, S), 0, _after, reverse=BACK)
+    return _row_of(p, 0 if BACK else RUNS - 1, RUNS), _row_of(s, 0 if BACK else RUNS - 1, RUNS)
+
+@triton.jit
+def _join(left, added, P, s, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, BACK: tl.constexpr):
     "What a stretch does to state n, and then (BACK: before that, since time runs backwards) a tile does."
-    new = added + left*s if BACK else P*added + s
-    if N == 1: return left*P, new
-    else: return tl.where(i[:,None] == n, left*P, left), tl.where(i[:,None] == n, new, added)
+    l, x = _state_of(left, i, n, N, RUNS, DB), _state_of(added, i, n, N, RUNS, DB)
+    return _set_state(left, i, n, l*P, N, RUNS), _set_state(added, i, n, x + l*s if BACK else P*x + s, N, RUNS)
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba2
 @triton.jit
@@ -520,8 +525,8 @@ def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl
         _x, S, B, _C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
         for n in range(N):
             P, s = _local(_decay(delta, _vector(A + n, d*N, in_d, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST))
-            P, s = tl.reduce((P, s), 0, _after, keep_dims=True)                  # runs, one after the other
-            left, added = _join(left, added, P, s, i, n, N, False)
+            P, s = _whole_tile(P, s, RUNS, False)
+            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, False)
     carry += chunk*2*N*channels
     _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
 
@@ -588,38 +593,40 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states,
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
-    "Steps of a tile, and warps."
-    return (32 if unit <= 16 else 16), max(1, _pow2(unit)//32)
+    "Steps of a tile, warps forward, warps backward; channels of a group."
+    wide = max(16, _pow2(unit))
+    return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
 
-def _per(tiles): return tiles if tiles <= 16 else -(-tiles//(tiles//8))     # tiles of a chunk: all, or eight or nine
+def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
 
 def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, walks):
-    "(images times groups, chunks), tiles, the scalars and the meta that all kernels share, warps."
+def _gated_launch(u, A, dt_weight, walks, back):
+    "(images times groups, chunks), tiles, the scalars that all kernels share, the channels of a group, and the meta."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
-    steps, warps = _scan_plan(wide)
+    steps, *warps = _scan_plan(wide)
     k, few = -(-(h*w)//steps), n == 1 and r <= 2
-    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few, GATHER=_HAS_GATHER and not few, RUNS=steps//4, DB=max(16, _pow2(wide)),
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
-    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
+    meta = dict(FAST=_fast(u), WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few, GATHER=_HAS_GATHER and (not few or wide > 16 and not back),
+                RUNS=steps//4, DB=max(16, _pow2(wide)), ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps[back])
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
 
+# %% ../nbs/02b_fused.ipynb #ee413586
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks):
     "v, and the states that enter the tiles, (B, tiles, N, D), from u and z, the second half of zx."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, False)
     n, c, whole = A.shape[1], u.shape[3], grid[1] == 1
     def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
     v, states = _new(u), new(len(u), k, n, c)
     x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    entering = states
+    entering = states                                                           # a single chunk starts from 0
     if not whole:
         carry = new(len(u), grid[1], 2, n, c)
-        with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta, num_warps=warps)
+        with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
         entering = _border_states(carry)
-    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta, num_warps=warps)
+    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta)
     return v, states
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
@@ -653,11 +660,6 @@ def _store_pair(ptr, one, two, apart, d, in_d):
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _behind(a1, x1, a2, x2):
-    "First step 2, then step 1: `_after`, back in time."
-    return a1*a2, a1*x2 + x1
-
-@triton.jit
 def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
     GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every chunk does to a state's gradient."
@@ -681,8 +683,8 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, 
         _write4(gy, channels, dy, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
         for n in range(N):
             a = _decay(delta, _vector(A + n, d*N, in_d, ST), FAST)
-            P, s = tl.reduce((_local(a, a)[0], _local_back(a, dy*_of(C, S, j, R + N + n, N, RUNS, ST))), 0, _behind, keep_dims=True)
-            left, added = _join(left, added, P, s, i, n, N, True)
+            P, s = _whole_tile(_local(a, a)[0], _local_back(a, dy*_of(C, S, j, R + N + n, N, RUNS, ST)), RUNS, True)
+            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, True)
     carry += chunk*2*N*channels
     _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
     _store_pair(small + chunk*2*G*unit, dgain, dshift, G*unit, d, in_d)
@@ -784,16 +786,16 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, d
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx):
     "Gradients of u and, side by side in two tensors, of the parameters; that of z is written to the second half of dzx."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks)
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, True)
     n, r, d, whole = A.shape[1], dt_weight.shape[1], len(A), grid[1] == 1
     params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
     def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
     du, norm, shares, back = _new(u), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2)), states
     if not whole:
         carry = new(len(u), grid[1], 2, n, u.shape[3])
-        with _on(u): _gated_middle[grid](dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps)
+        with _on(u): _gated_middle[grid](dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
         dv, back = du, _border_states(carry, True)                              # a tile of y's gradient is read before its du takes its place
-    with _on(u): _gated_backward[grid](dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta, num_warps=warps)
+    with _on(u): _gated_backward[grid](dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
     return du, shares.sum(0), norm.sum(0)
 
 def _gated_split(shares, norm, x_proj, dt_weight, A):
