@@ -21,7 +21,8 @@ if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, c
 else:
     import triton
     import triton.language as tl
-    from groupmamba.kernels import WALKS, _after, _before, _on, _softplus
+    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back, _on, _places, _softplus, _store_state
+    from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _row as _row_of, _write as _write4
 
 # %% ../nbs/02b_fused.ipynb #909904c4
 _ACTS = {'none': lambda x: x, 'silu': F.silu, 'gelu': F.gelu}
@@ -400,12 +401,6 @@ def conv_gelu_linear(
 
 # %% ../nbs/02b_fused.ipynb #40d33658
 @triton.jit
-def _place(t, walk, H, W):
-    "Raster position of step t. walk: 0 rows, 1 rows backwards, 2 columns, 3 columns backwards."
-    t = tl.where(walk % 2 == 1, H*W - 1 - t, t)
-    return tl.where(walk >= 2, t % H*W + t//H, t)
-
-@triton.jit
 def _projections(Wx, Wdt, g, c, j, in_d, unit, R: tl.constexpr, N: tl.constexpr, DT: tl.constexpr):
     "Weights of group g: (DB, RP) from channels to Δ, B and C, and (RP, DB) from Δ's rank to channels."
     wx = tl.load(Wx + g*(R + 2*N)*unit + (c[:,None] + j[None]*unit), mask=in_d[:,None] & (j < R + 2*N)[None], other=0).to(DT)
@@ -420,17 +415,55 @@ def _step(x, FAST: tl.constexpr):
     else: return _softplus(x)
 
 @triton.jit
-def _column(S, j, n): return tl.sum(tl.where(j[None] == n, S, 0.), 1)[:,None]
+def _decay(delta, An, FAST: tl.constexpr): return _exp2(delta*(An*1.4426950408889634), FAST)
 
 @triton.jit
-def _vector(ptr, d, in_d, ST: tl.constexpr): return tl.load(ptr + d, mask=in_d, other=0).to(ST)[None]
+def _vector(ptr, d, in_d, ST: tl.constexpr): return tl.load(ptr + d, mask=in_d, other=0).to(ST)[None,:,None]
+
+@triton.jit
+def _over_channels(x): return tl.expand_dims(tl.sum(x, 1), 1)
 
 @triton.jit
 def _normalised(y, ok, unit, eps):
     "y minus its mean over its deviation, and 1 over the deviation. y must be 0 where there is no channel, and stays so."
-    y = tl.where(ok, y - (tl.sum(y, 1)/unit)[:,None], 0.)
-    rstd = 1/tl.sqrt(tl.sum(y*y, 1)/unit + eps)
-    return y*rstd[:,None], rstd[:,None]
+    y = tl.where(ok, y - _over_channels(y)/unit, 0.)
+    rstd = 1/tl.sqrt(_over_channels(y*y)/unit + eps)
+    return y*rstd, rstd
+
+@triton.jit
+def _rate(A, n, d, in_d, N: tl.constexpr, LOG: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
+    "Decay rates of state n, A[:,n]; -exp of it if LOG."
+    a = _vector(A + n, d*N, in_d, ST)
+    if LOG: a = -_exp2(a*1.4426950408889634, FAST)
+    return a
+
+# %% ../nbs/02b_fused.ipynb #40d33659
+@triton.jit
+def _flat(x, RUNS: tl.constexpr, DB: tl.constexpr): return tl.reshape(tl.permute(x, (0, 2, 1)), (RUNS*4, DB))
+
+@triton.jit
+def _as_runs(x, RUNS: tl.constexpr, DB: tl.constexpr): return tl.permute(tl.reshape(x, (RUNS, 4, DB)), (0, 2, 1))
+
+@triton.jit
+def _column(S, j, n, RUNS: tl.constexpr, ST: tl.constexpr):
+    "Column n of a matrix with a row for every step: (RUNS, 1, 4)."
+    return _as_runs(tl.sum(tl.where(j[None] == n, S, 0.), 1)[:,None].to(ST), RUNS, 1)
+
+@triton.jit
+def _of(B, S, j, n, N: tl.constexpr, RUNS: tl.constexpr, ST: tl.constexpr):
+    "B or C of a state: what `_selection` returns if there is one only, else a column."
+    if N == 1: return B
+    else: return _column(S, j, n, RUNS, ST)
+
+@triton.jit
+def _few(x, Wx, Wdt, unit, c, in_d, bias, R: tl.constexpr, ST: tl.constexpr):
+    "For N = 1 and R <= 2: δ₀, δ₁, B, C (RUNS, 1, 4) as sums over channels, Δ before its softplus. Wx, Wdt: of the group."
+    S0 = _over_channels(x*_vector(Wx, c, in_d, ST))
+    S1, raw = S0, bias + S0*_vector(Wdt, c*R, in_d, ST)
+    if R == 2:
+        S1 = _over_channels(x*_vector(Wx + unit, c, in_d, ST))
+        raw += S1*_vector(Wdt + 1, c*R, in_d, ST)
+    return S0, S1, _over_channels(x*_vector(Wx + R*unit, c, in_d, ST)), _over_channels(x*_vector(Wx + (R + 1)*unit, c, in_d, ST)), raw
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
@@ -440,46 +473,70 @@ def _my_group(L, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.conste
     return b, g, (walks >> g*2) & 3, g*unit + c, c < unit, g*WIDE + c, c < WIDE
 
 @triton.jit
-def _rate(A, n, d, in_d, N: tl.constexpr, LOG: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
-    "Decay rates of state n, A[:,n]; -exp of it if LOG."
-    a = _vector(A + n, d*N, in_d, ST)
-    if LOG: a = -_exp2(a*1.4426950408889634, FAST)
-    return a
+def _tile_steps(k, L, walk, H, W, in_d, RUNS: tl.constexpr):
+    "Of tile k: first steps of its runs, where their four steps are kept, and which steps and channels exist, (RUNS, DB, 4)."
+    t = (k*RUNS + tl.arange(0, RUNS))*4
+    p0, p1, p2, p3 = _places(walk, t, H, W, L, False, 2)
+    return t, p0, p1, p2, p3, _join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:] & in_d[None,:,None]
 
 @triton.jit
-def _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "u of a tile, its Δ, B and C still side by side, Δ before its softplus and after."
-    x = tl.load(u + (p*channels + e[None]), mask=there, other=0).to(DT)
-    S = tl.dot(x, wx, input_precision='ieee')
-    raw = tl.dot(S.to(DT), wdt, input_precision='ieee').to(ST) + bias
-    return x, S, raw, tl.where(ok, _step(raw, FAST), 0.)
+def _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, FEW: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "δ₀ and δ₁ if FEW, else x and S as matrices; B, C (of the first state), Δ before its softplus and after."
+    if FEW: first, second, B, C, raw = _few(x, Wx, Wdt, unit, c, in_d, bias, R, ST)
+    else:
+        first = _flat(x, RUNS, DB).to(DT)
+        second = tl.dot(first, wx, input_precision='ieee')
+        raw = _as_runs(tl.dot(second.to(DT), wdt, input_precision='ieee').to(ST), RUNS, DB) + bias
+        B, C = _column(second, j, R, RUNS, ST), _column(second, j, R + N, RUNS, ST)
+    return first, second, B, C, raw, tl.where(ok, _step(raw, FAST), 0.)
+
+# %% ../nbs/02b_fused.ipynb #2cc22ba4
+@triton.jit
+def _load_states(ptr, channels, e, in_d, i, N: tl.constexpr, RUNS: tl.constexpr):
+    "N states of every channel: (RUNS, DB), rows alike, if there is one, else (NP, DB)."
+    if N == 1: return tl.load(ptr + (tl.arange(0, RUNS)[:,None]*0 + e[None]), mask=in_d[None], other=0)
+    else: return tl.load(ptr + (i[:,None]*channels + e[None]), mask=(i < N)[:,None] & in_d[None], other=0)
 
 @triton.jit
-def _tile_steps(k, L, walk, H, W, in_d, in_e, T: tl.constexpr):
-    "Places of the steps of tile k, where a step and a channel exist, and where a map has both."
-    t = k*T + tl.arange(0, T)
-    return _place(t, walk, H, W)[:,None], (t < L)[:,None] & in_d[None], (t < L)[:,None] & in_e[None]
+def _store_states(ptr, channels, h, e, in_d, i, N: tl.constexpr, RUNS: tl.constexpr):
+    if N == 1: _store_state(ptr, h, e, in_d, RUNS)
+    else: tl.store(ptr + (i[:,None]*channels + e[None]), h, mask=(i < N)[:,None] & in_d[None])
+
+@triton.jit
+def _whole_tile(P, S, RUNS: tl.constexpr, BACK: tl.constexpr):
+    "What a tile does to a state, from what its runs do: in every row. (A scan keeps their order; `tl.reduce` may take them in any.)"
+    p, s = tl.associative_scan((P, S), 0, _after, reverse=BACK)
+    return _row_of(p, 0 if BACK else RUNS - 1, RUNS), _row_of(s, 0 if BACK else RUNS - 1, RUNS)
+
+@triton.jit
+def _join(left, added, P, s, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, BACK: tl.constexpr):
+    "What a stretch does to state n, and then (BACK: before that, since time runs backwards) a tile does."
+    l, x = _state_of(left, i, n, N, RUNS, DB), _state_of(added, i, n, N, RUNS, DB)
+    return _set_state(left, i, n, l*P, N, RUNS), _set_state(added, i, n, x + l*s if BACK else P*x + s, N, RUNS)
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba2
 @triton.jit
-def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-    RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "What every tile does to a state: how much of it is left, and what is added. carry: (B, K, 2, N, channels)."
-    L, channels = H*W, G*WIDE
+def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
+    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "What every chunk of tiles does to a state: how much of it is left, and what is added. carry: (B, chunks, 2, N, channels)."
+    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    j = tl.arange(0, RP)
-    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
-    bias = _vector(bias, d, in_d, ST)
-    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
-        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
-        x, S, raw, delta = _selection(u + b*L*channels, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
-        total, w = tl.sum(delta, 0), delta*x.to(ST)
-        rest = total[None] - tl.cumsum(delta, 0)                                 # steps still to come after each
+    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
+    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+    Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
+    bias, u = _vector(bias, d, in_d, ST), u + b*L*channels
+    left = tl.full((RUNS if N == 1 else NP, DB), 1., ST)
+    added = left*0
+    for k in range(first, min(first + per, K)):
+        t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
+        x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        _x, S, B, _C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
         for n in range(N):
-            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634
-            at = carry + ((b*K + k)*2*N + n)*channels + e
-            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
-            tl.store(at + N*channels, tl.sum(_exp2(rest*An, FAST)*w*_column(S, j, R + n).to(ST), 0), mask=in_d)
+            P, s = _local(_decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST))
+            P, s = _whole_tile(P, s, RUNS, False)
+            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, False)
+    carry += chunk*2*N*channels
+    _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
 
 # %% ../nbs/02b_fused.ipynb #2cc22bb1
 @triton.jit
@@ -509,63 +566,76 @@ def _border_states(carry, reverse=False):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
 @triton.jit
-def _states(a, w, borders, e, in_d):
-    "States of a tile from the one that enters it."
-    decay, h = tl.associative_scan((a, w), 0, _after)
-    return h + decay*tl.load(borders + e, mask=in_d, other=0)[None]
+def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+    "State n after every step of a tile, and all states behind it."
+    a, w = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
+    P, s = _local(a, w)
+    into, behind = _enter(P, s, _state_of(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)
+    return _global(a, w, into), _set_state(h_all, i, n, behind, N, RUNS)
 
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, borders, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "v of `per` tiles of an image and group, from the state that enters each."
-    L, channels = H*W, G*WIDE
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
+    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
+    "v of a chunk of tiles, and the states that enter each; entering: those that enter the chunks, 0 if there is one only (WHOLE)."
+    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    j = tl.arange(0, RP)
-    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
+    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+    Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
     bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
     u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
-    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
-        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
-        z = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
-        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
-        x = x.to(ST)
-        w, y = delta*x, Db*x
+    if WHOLE: h_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)
+    else: h_all = _load_states(entering + chunk*N*channels, channels, e, in_d, i, N, RUNS)
+    for k in range(first, min(first + per, K)):
+        t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
+        x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        _store_states(states + (b*K + k)*N*channels, channels, h_all, e, in_d, i, N, RUNS)
+        _x, S, B, C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
+        y = Db*x
         for n in range(N):
-            a = _exp2(delta*(_rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634), FAST)
-            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
+            h, h_all = _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST)
+            y += _of(C, S, j, R + N + n, N, RUNS, ST)*h
         y = _normalised(y, ok, unit, eps)[0]
-        tl.store(v + (p*channels + e[None]), ((y*ga + sh)*z*_sigmoid(z, FAST)).to(v.dtype.element_ty), mask=there)
+        _write4(v, channels, (y*ga + sh)*z*_sigmoid(z, FAST), p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
 
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
-    "Steps of a tile, and warps of `_gated_carry`, `_gated_forward`, `_gated_middle` and `_gated_backward`."
-    return (32, 1, 1, 1, 1) if unit <= 16 else (16, 1, 1, 1, 1) if unit <= 32 else (16, 2, 2, 4, 4)
+    "Steps of a tile, warps forward, warps backward; channels of a group."
+    wide = max(16, _pow2(unit))
+    return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
 
-def _per(tiles): return -(-tiles//max(1, tiles//8))     # tiles a program: about eight
+def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
 
 def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, walks, log):
-    "(images times groups, programs for each), tiles, the scalars and the meta that all kernels share, and the warps of each."
+def _gated_launch(u, A, dt_weight, walks, back, log):
+    "(images times groups, chunks), tiles, the scalars that all kernels share, the channels of a group, and the meta."
     (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
-    k = -(-(h*w)//steps)
-    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, RP=max(16, _pow2(r + 2*n)), T=steps, DB=max(16, _pow2(wide)),
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))   # Triton's interpreter knows no bfloat16 products
-    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta, warps
+    k, few = -(-(h*w)//steps), n == 1 and r <= 2
+    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few, GATHER=_HAS_GATHER and (not few or wide > 16 and not back),
+                RUNS=steps//4, DB=max(16, _pow2(wide)), ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps[back])
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
 
+# %% ../nbs/02b_fused.ipynb #ee413586
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, log=False):
-    "v and the borders, (B, tiles, N, D), from u and z, the second half of zx. log: A is given as log(-A)."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks, log)
-    v, carry = _new(u), u.new_empty(len(u), k, 2, A.shape[1], u.shape[3], dtype=_state_dtype(u))
+    "v, and the states that enter the tiles, (B, tiles, N, D), from u and z, the second half of zx. log: A is given as log(-A)."
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, False, log)
+    n, c, whole = A.shape[1], u.shape[3], grid[1] == 1
+    def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
+    v, states = _new(u), new(len(u), k, n, c)
     x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta, num_warps=warps[0])
-    borders = _border_states(carry)
-    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, borders, *scalars, eps, unit, **meta, num_warps=warps[1])
-    return v, borders
+    entering = states                                                           # a single chunk starts from 0
+    if not whole:
+        carry = new(len(u), grid[1], 2, n, c)
+        with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
+        entering = _border_states(carry)
+    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta)
+    return v, states
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
 @triton.jit
@@ -575,110 +645,165 @@ def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
     dz = (y*gain + shift)*g*s*(1 + zz*(1 - s))
     dout = g*zz*s
     g = dout*gain
-    return dz, dout, rstd*(g - (tl.sum(g, 1)/unit)[:,None] - y*(tl.sum(g*y, 1)/unit)[:,None])
+    return dz, dout, rstd*(g - _over_channels(g)/unit - y*(_over_channels(g*y)/unit))
 
 @triton.jit
-def _states_back(a, g, borders, e, in_d):
-    "The states' gradients from those of y times C, and from the one that enters the tile from behind."
-    decay, q, _a = tl.associative_scan((tl.full(a.shape, 1, a.dtype), g, a), 0, _before, reverse=True)
-    return q + decay*tl.load(borders + e, mask=in_d, other=0)[None]
+def _to_scan(dv, zx, dzx, x, delta, B, C, S, h_all, dgain, dshift, A, Db, ga, sh, channels, t, p0, p1, p2, p3, ok, L, d, e, in_d, in_e, i, j, unit, eps,
+    R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+    "From v back to the scan's output y: its gradient, states behind the tile, those after its steps (of the last n), sums for gain and shift. Writes the gradient of z."
+    z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, FULL, 2, ST)
+    g = _exist(_read4(dv, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, FULL, 2, ST), t, L, False)
+    y, h = Db*x, x*0
+    for n in range(N):
+        h, h_all = _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST)
+        y += _of(C, S, j, R + N + n, N, RUNS, ST)*h
+    y, rstd = _normalised(y, ok, unit, eps)
+    dz, dout, dy = _gate_and_norm_back(g, y, rstd, z, ga, sh, unit, FAST)
+    _write4(dzx, 2*channels, dz, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, FULL, False, 2)
+    return tl.where(ok, dy, 0.), h_all, h, dgain + tl.sum(dout*y, 2), dshift + tl.sum(dout, 2)
+
+@triton.jit
+def _store_pair(ptr, one, two, apart, d, in_d):
+    tl.store(ptr + d, tl.sum(one, 0), mask=in_d); tl.store(ptr + apart + d, tl.sum(two, 0), mask=in_d)
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, borders, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every tile does to a state's gradient."
-    L, channels = H*W, G*WIDE
+def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
+    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every chunk does to a state's gradient."
+    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    j = tl.arange(0, RP)
-    wx, wdt = _projections(Wx, Wdt, g, tl.arange(0, DB), j, in_d, unit, R, N, DT)
+    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
+    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
+    Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
     bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
     dv += b*L*channels; u += b*L*channels; gy += b*L*channels; zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
-    dgain = tl.zeros((DB,), ST); dshift = dgain
-    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
-        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
-        zz = tl.load(zx + (p*(2*channels) + e[None]), mask=there, other=0).to(ST)
-        gr = tl.load(dv + (p*channels + e[None]), mask=there, other=0).to(ST)
-        x, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
-        x = x.to(ST)
-        w, y = delta*x, Db*x
+    left = tl.full((RUNS if N == 1 else NP, DB), 1., ST)
+    added, dgain, dshift = left*0, tl.zeros((RUNS, DB), ST), tl.zeros((RUNS, DB), ST)
+    h_all = _load_states(states + (b*K + first)*N*channels, channels, e, in_d, i, N, RUNS)
+    for k in range(first, min(first + per, K)):
+        t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
+        x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        _x, S, B, C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
+        dy, h_all, _h, dgain, dshift = _to_scan(
+            dv, zx, dzx, x, delta, B, C, S, h_all, dgain, dshift, A, Db, ga, sh, channels, t, p0, p1, p2, p3, ok, L, d, e, in_d, in_e, i, j, unit, eps,
+            R, N, RUNS, DB, WIDE == DB, GATHER, FAST, LOG, ST)
+        _write4(gy, channels, dy, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
         for n in range(N):
-            a = _exp2(delta*(_rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634), FAST)
-            y += _column(S, j, R + N + n).to(ST)*_states(a, w*_column(S, j, R + n).to(ST), borders + ((b*K + k)*N + n)*channels, e, in_d)
-        y, rstd = _normalised(y, ok, unit, eps)
-        dz, dout, dy = _gate_and_norm_back(gr, y, rstd, zz, ga, sh, unit, FAST)
-        dy = tl.where(ok, dy, 0.)
-        tl.store(dzx + (p*(2*channels) + e[None]), dz.to(dzx.dtype.element_ty), mask=there)
-        tl.store(gy + (p*channels + e[None]), dy.to(gy.dtype.element_ty), mask=there)
-        dshift += tl.sum(dout, 0); dgain += tl.sum(dout*y, 0)
-        total, so_far = tl.sum(delta, 0), tl.cumsum(delta, 0)
-        for n in range(N):
-            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)*1.4426950408889634
-            at = carry + ((b*K + k)*2*N + n)*channels + e
-            tl.store(at, tl.exp2(total*tl.sum(An, 0)), mask=in_d)
-            tl.store(at + N*channels, tl.sum(_exp2(so_far*An, FAST)*dy*_column(S, j, R + N + n).to(ST), 0), mask=in_d)
-    small += (b*tl.num_programs(1) + tl.program_id(1))*2*G*unit + d
-    tl.store(small, dgain, mask=in_d); tl.store(small + G*unit, dshift, mask=in_d)
+            a = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST)
+            P, s = _whole_tile(_local(a, a)[0], _local_back(a, dy*_of(C, S, j, R + N + n, N, RUNS, ST)), RUNS, True)
+            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, True)
+    carry += chunk*2*N*channels
+    _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
+    _store_pair(small + chunk*2*G*unit, dgain, dshift, G*unit, d, in_d)
+
+# %% ../nbs/02b_fused.ipynb #d30a0ea9
+@triton.jit
+def _few_back(x, S0, S1, dB, dC, dd, dx, w0, w1, wB, wC, t0, t1, Wx, Wdt, unit, c, in_d, R: tl.constexpr, ST: tl.constexpr):
+    "`_few` backwards: dx with the selection's part added, and the sums for the weights."
+    dx += dB*_vector(Wx + R*unit, c, in_d, ST) + dC*_vector(Wx + (R + 1)*unit, c, in_d, ST)
+    dS = _over_channels(dd*_vector(Wdt, c*R, in_d, ST))
+    dx += dS*_vector(Wx, c, in_d, ST)
+    w0 += tl.sum(x*dS, 2); wB += tl.sum(x*dB, 2); wC += tl.sum(x*dC, 2); t0 += tl.sum(dd*S0, 2)
+    if R == 2:
+        dS = _over_channels(dd*_vector(Wdt + 1, c*R, in_d, ST))
+        dx += dS*_vector(Wx + unit, c, in_d, ST)
+        w1 += tl.sum(x*dS, 2); t1 += tl.sum(dd*S1, 2)
+    return dx, w0, w1, wB, wC, t0, t1
+
+@triton.jit
+def _matrices_back(xm, S, dS, dd, dx, dwx, dwdt, wx, wdt, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "The same for the selection as two matrix products."
+    dd = _flat(dd, RUNS, DB).to(DT)
+    dwdt += tl.dot(tl.trans(S.to(DT)), dd, input_precision='ieee')
+    dS += tl.dot(dd, tl.trans(wdt), input_precision='ieee')
+    dwx += tl.dot(tl.trans(xm), dS.to(DT), input_precision='ieee')
+    return dx + _as_runs(tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee').to(ST), RUNS, DB), dwx, dwdt
+
+@triton.jit
+def _store_weights(dWx, dWdt, w0, w1, wB, wC, t0, t1, dwx, dwdt, unit, c, j, in_d, R: tl.constexpr, N: tl.constexpr, FEW: tl.constexpr):
+    "A share of the gradients of a group's x_proj and dt_weight."
+    if FEW:
+        _store_pair(dWx + R*unit, wB, wC, unit, c, in_d)
+        tl.store(dWx + c, tl.sum(w0, 0), mask=in_d); tl.store(dWdt + c*R, tl.sum(t0, 0), mask=in_d)
+        if R == 2: tl.store(dWx + unit + c, tl.sum(w1, 0), mask=in_d); tl.store(dWdt + c*R + 1, tl.sum(t1, 0), mask=in_d)
+    else:
+        tl.store(dWx + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
+        tl.store(dWdt + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
+
+# %% ../nbs/02b_fused.ipynb #d30a0eab
+@triton.jit
+def _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
+    GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr, KNOWN: tl.constexpr):
+    "Back through state n of a tile: gradients dx, dd of Δ, dA with its part added, those of B and C, and what goes to the tile before. KNOWN: h is the state after every step."
+    An, Bn, Cn = _rate(A, n, d, in_d, N, LOG, FAST, ST), _of(B, S, j, R + n, N, RUNS, ST), _of(C, S, j, R + N + n, N, RUNS, ST)
+    a, w = _decay(delta, An, FAST), delta*x*Bn
+    P, s = _local(a, w)
+    if not KNOWN: h = _global(a, w, _enter(P, s, _state_of(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)[0])
+    into, r = _enter(P, _local_back(a, dy*Cn), _state_of(r_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
+    q = _global_back(a, dy*Cn, into)
+    f = q*(h - w)                                                               # q_t a_t h_{t-1}
+    return (dx + q*Bn*delta, dd + f*An + q*Bn*x, _add_to(dA, i, n, f*delta, N), _over_channels(q*(delta*x)), _over_channels(dy*h),
+            _set_state(r_all, i, n, r, N, RUNS))
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea8
 @triton.jit
-def _gated_backward(gy, u, Wx, Wdt, A, D, bias, borders, back, du, shares, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "Back through scan and selection. back: gradients of the states that leave the tiles. shares: of the gradients of all parameters."
-    L, channels = H*W, G*WIDE
+def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, du, dzx, small, shares, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
+    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
+    "Back through scan and selection of a chunk, last tile first. WHOLE: it is all there is, dv is the gradient of v; else `_gated_middle` has made dv that of y, and back says what enters from behind."
+    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    c, n_idx, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP)
+    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
-    bias, Db = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST)
-    gy += b*L*channels; u += b*L*channels; du += b*L*channels
-    dA_all, dwx, dwdt = tl.zeros((NP, DB), ST), tl.zeros((DB, RP), ST), tl.zeros((RP, DB), ST)
-    dD = tl.zeros((DB,), ST); dbias = dD
-    for k in range(tl.program_id(1)*per, min(tl.program_id(1)*per + per, K)):
-        p, ok, there = _tile_steps(k, L, walk, H, W, in_d, in_e, T)
-        dy = tl.load(gy + (p*channels + e[None]), mask=there, other=0).to(ST)
-        ur, S, raw, delta = _selection(u, p, e, there, ok, wx, wdt, bias, channels, FAST, ST, DT)
-        x = ur.to(ST)
-        dD += tl.sum(dy*x, 0)
-        dx, dd, dS, wv = Db*dy, tl.zeros((T, DB), ST), tl.zeros((T, RP), ST), delta*x
+    Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
+    bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
+    dv += b*L*channels; u += b*L*channels; du += b*L*channels; zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
+    zero = tl.zeros((RUNS, DB), ST)
+    dgain, dshift, dD, dbias, w0, w1, wB, wC, t0, t1 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    dA, dwx, dwdt = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((DB, RP), ST), tl.zeros((RP, DB), ST)
+    if WHOLE: r_all = dA
+    else: r_all = _load_states(back + chunk*N*channels, channels, e, in_d, i, N, RUNS)
+    for m in range(0, min(per, K - first)):
+        k = min(first + per, K) - 1 - m
+        t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
+        x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        one, S, B, C, raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
+        h_all, h = _load_states(states + (b*K + k)*N*channels, channels, e, in_d, i, N, RUNS), x*0
+        if WHOLE: dy, _h, h, dgain, dshift = _to_scan(
+            dv, zx, dzx, x, delta, B, C, S, h_all, dgain, dshift, A, Db, ga, sh, channels, t, p0, p1, p2, p3, ok, L, d, e, in_d, in_e, i, j, unit, eps,
+            R, N, RUNS, DB, WIDE == DB, GATHER, FAST, LOG, ST)
+        else: dy = _exist(_read4(dv, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST), t, L, False)
+        dx, dd, dS, dB, dC = Db*dy, x*0, tl.zeros((RUNS*4, RP), ST), B*0, C*0
         for n in range(N):
-            An = _rate(A, n, d, in_d, N, LOG, FAST, ST)
-            a, Bn, Cn = _exp2(delta*(An*1.4426950408889634), FAST), _column(S, j, R + n).to(ST), _column(S, j, R + N + n).to(ST)
-            at, w = ((b*K + k)*N + n)*channels, wv*Bn
-            h = _states(a, w, borders + at, e, in_d)
-            q = _states_back(a, dy*Cn, back + at, e, in_d)
-            dS += tl.where(j[None] == R + n, tl.sum(q*wv, 1)[:,None], 0.) + tl.where(j[None] == R + N + n, tl.sum(dy*h, 1)[:,None], 0.)
-            f = q*(h - w)                                                       # q_t a_t h_{t-1}
-            dA_all += tl.where(n_idx[:,None] == n, tl.sum(f*delta, 0)[None], 0.)
-            dd += f*An + q*Bn*x
-            dx += q*Bn*delta
+            dx, dd, dA, dB, dC, r_all = _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST, WHOLE and N == 1)
+            if not FEW: dS += tl.where(j[None] == R + n, _flat(dB, RUNS, 1), 0.) + tl.where(j[None] == R + N + n, _flat(dC, RUNS, 1), 0.)
         dd = tl.where(ok, dd*_sigmoid(raw, FAST), 0.)
-        dbias += tl.sum(dd, 0)
-        dwdt += tl.dot(tl.trans(S.to(DT)), dd.to(DT), input_precision='ieee')
-        dS += tl.dot(dd.to(DT), tl.trans(wdt), input_precision='ieee')
-        dwx += tl.dot(tl.trans(ur), dS.to(DT), input_precision='ieee')
-        dx += tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee')
-        tl.store(du + (p*channels + e[None]), dx.to(du.dtype.element_ty), mask=there)
+        dD += tl.sum(dy*x, 2); dbias += tl.sum(dd, 2)
+        if FEW: dx, w0, w1, wB, wC, t0, t1 = _few_back(x, one, S, dB, dC, dd, dx, w0, w1, wB, wC, t0, t1, Wx, Wdt, unit, c, in_d, R, ST)
+        else: dx, dwx, dwdt = _matrices_back(one, S, dS, dd, dx, dwx, dwdt, wx, wdt, RUNS, DB, ST, DT)
+        _write4(du, channels, dx, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
     channels = G*unit                                                          # x_proj, dt_weight, A, D and dt_bias, one after the other
-    shares += (b*tl.num_programs(1) + tl.program_id(1))*(channels*(2*R + 3*N + 2))
-    tl.store(shares + g*(R + 2*N)*unit + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
-    shares += channels*(R + 2*N)
-    tl.store(shares + g*unit*R + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
-    shares += channels*R
-    tl.store(shares + n_idx[:,None]*channels + d[None], dA_all, mask=in_d[None] & (n_idx < N)[:,None])
-    shares += channels*N + d
-    tl.store(shares, dD, mask=in_d); tl.store(shares + channels, dbias, mask=in_d)
+    if WHOLE: _store_pair(small + chunk*2*channels, dgain, dshift, channels, d, in_d)
+    shares += chunk*(channels*(2*R + 3*N + 2))
+    _store_weights(shares + g*(R + 2*N)*unit, shares + (channels*(R + 2*N) + g*unit*R), w0, w1, wB, wC, t0, t1, dwx, dwdt, unit, c, j, in_d, R, N, FEW)
+    shares += channels*(2*R + 2*N)
+    if N == 1: tl.store(shares + d, tl.sum(dA, 0), mask=in_d)
+    else: tl.store(shares + (i[:,None]*channels + d[None]), dA, mask=in_d[None] & (i < N)[:,None])
+    _store_pair(shares + channels*N, dD, dbias, channels, d, in_d)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
-def _gated_grads(dv, u, zx, borders, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx, log=False):
+def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx, log=False):
     "Gradient of u and, side by side in two tensors, shares of those of the parameters (of A, also where its logarithm is given); that of z is written to the second half of dzx."
-    grid, k, scalars, unit, meta, warps = _gated_launch(u, A, dt_weight, walks, log)
-    n, r, d = A.shape[1], dt_weight.shape[1], len(A)
-    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias)]
+    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, True, log)
+    n, r, d, whole = A.shape[1], dt_weight.shape[1], len(A), grid[1] == 1
+    params = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
     def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
-    gy, carry, norm, shares = _new(u), new(len(u), k, 2, n, u.shape[3]), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2))
-    with _on(u): _gated_middle[grid](dv, u, zx, *params, norm_weight.contiguous(), norm_bias.contiguous(), borders, gy, dzx, carry, norm, *scalars, eps, unit, **meta, num_warps=warps[2])
-    du = gy                                                                     # a tile of gy is read before its du takes its place
-    with _on(u): _gated_backward[grid](gy, u, *params, borders, _border_states(carry, True), du, shares, *scalars, unit, NP=_pow2(n), **meta, num_warps=warps[3])
+    du, norm, shares, back = _new(u), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2)), states
+    if not whole:
+        carry = new(len(u), grid[1], 2, n, u.shape[3])
+        with _on(u): _gated_middle[grid](dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
+        dv, back = du, _border_states(carry, True)                              # a tile of y's gradient is read before its du takes its place
+    with _on(u): _gated_backward[grid](dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
     return du, shares, norm
 
 def _gated_split(shares, norm, x_proj, dt_weight, A):
