@@ -69,11 +69,12 @@ def _gated_scan_torch(zx, conv_weight, conv_bias, x_proj, dt_weight, A, D, dt_bi
 
 # %% ../nbs/02b_fused.ipynb #b64f2f20
 @triton.jit
-def _tile(channels, n_c, n_w, n_r, rows, TW: tl.constexpr, CB: tl.constexpr):
-    "A program's channels, which of them exist, its columns, first row and image."
+def _tile(channels, n_c, n_w, n_r, rows, TW: tl.constexpr, CB: tl.constexpr, EVEN: tl.constexpr):
+    "A program's channels, which of them exist, its first column, first row and image."
     pid = tl.program_id(0)
     c = pid % n_c*CB + tl.arange(0, CB)
-    return c, c < channels, pid//n_c % n_w*TW + tl.arange(0, TW), pid//(n_c*n_w) % n_r*rows, (pid//(n_c*n_w*n_r)).to(tl.int64)
+    in_c = True if EVEN else c < channels
+    return c, in_c, pid//n_c % n_w*TW, pid//(n_c*n_w) % n_r*rows, (pid//(n_c*n_w*n_r)).to(tl.int64)
 
 @triton.jit
 def _parameter(c, in_c, UNIT: tl.constexpr, WIDE: tl.constexpr):
@@ -81,28 +82,42 @@ def _parameter(c, in_c, UNIT: tl.constexpr, WIDE: tl.constexpr):
     return c//WIDE*UNIT + c % WIDE, in_c & (c % WIDE < UNIT)
 
 @triton.jit
-def _nine(weight, c, in_c, FLIP: tl.constexpr, ST: tl.constexpr):
-    "The nine taps of channels c, row by row; from the last to the first if FLIP."
-    s: tl.constexpr = -1 if FLIP else 1
-    k = weight + c*9 + (8 if FLIP else 0)
-    return (tl.load(k, mask=in_c, other=0).to(ST)[None], tl.load(k + s, mask=in_c, other=0).to(ST)[None], tl.load(k + 2*s, mask=in_c, other=0).to(ST)[None],
-            tl.load(k + 3*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 4*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 5*s, mask=in_c, other=0).to(ST)[None],
-            tl.load(k + 6*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 7*s, mask=in_c, other=0).to(ST)[None], tl.load(k + 8*s, mask=in_c, other=0).to(ST)[None])
+def _taps(weight, bias, c, in_c, HAS_BIAS: tl.constexpr, ST: tl.constexpr):
+    "The nine taps of channels c, row by row, and the bias."
+    k, start = (), c.to(ST)*0
+    for i in tl.static_range(9): k += (tl.load(weight + c*9 + i, mask=in_c, other=0).to(ST),)
+    if HAS_BIAS: start += tl.load(bias + c, mask=in_c, other=0).to(ST)
+    return k, start
+
+# %% ../nbs/02b_fused.ipynb #b64f2f21
+@triton.jit
+def _row(p, ok, w, W, sw, TW: tl.constexpr, MORE: tl.constexpr, EXACT: tl.constexpr):
+    "A row of a strip with MORE columns on each side, zeros outside the map. p: where its first column, w, begins."
+    row = ()
+    for j in tl.static_range(-MORE, TW + MORE):
+        there = ok
+        if j < 0: there = there & (w + j >= 0)
+        if j >= TW or not EXACT: there = there & (w + j < W)
+        row += (tl.load(p + j*sw, mask=there, other=0),)
+    return row
 
 @triton.jit
-def _row(x, r, w, c, H, W, sh, sw, in_c):
-    "Row r of a map at columns w - 1, w and w + 1: three tiles, zeros outside the map."
-    row, in_r = x + r*sh, (w*0 + r >= 0) & (w*0 + r < H)
-    left = tl.load(row + ((w[:,None] - 1)*sw + c[None]), mask=in_c[None] & (in_r & (w >= 1) & (w <= W))[:,None], other=0)
-    here = tl.load(row + (w[:,None]*sw + c[None]), mask=in_c[None] & (in_r & (w < W))[:,None], other=0)
-    right = tl.load(row + ((w[:,None] + 1)*sw + c[None]), mask=in_c[None] & (in_r & (w < W - 1))[:,None], other=0)
-    return left, here, right
-
-@triton.jit
-def _row_as(x, r, w, c, H, W, sh, sw, in_c, ST: tl.constexpr):
+def _as(row, ST: tl.constexpr):
     "The same in the dtype of the sums."
-    left, here, right = _row(x, r, w, c, H, W, sh, sw, in_c)
-    return left.to(ST), here.to(ST), right.to(ST)
+    out = ()
+    for j in tl.static_range(len(row)): out += (row[j].to(ST),)
+    return out
+
+@triton.jit
+def _plus(sums, row, k, i: tl.constexpr):
+    out = ()
+    for j in tl.static_range(len(sums)): out += (sums[j] + k[3*i]*row[j] + k[3*i+1]*row[j+1] + k[3*i+2]*row[j+2],)
+    return out
+
+@triton.jit
+def _put(p, row, ok, w, W, sw, TW: tl.constexpr, MORE: tl.constexpr, EXACT: tl.constexpr):
+    "Write a row of a strip, without the MORE columns that it has on each side."
+    for j in tl.static_range(TW): tl.store(p + j*sw, row[j + MORE].to(p.dtype.element_ty), mask=ok if EXACT else ok & (w + j < W))
 
 # %% ../nbs/02b_fused.ipynb #b64f2f31
 @triton.jit
@@ -120,56 +135,64 @@ def _sigmoid(x, FAST: tl.constexpr): return _recip(1 + _exp2(x*-1.44269504088896
 
 # %% ../nbs/02b_fused.ipynb #c293bc68
 @triton.jit
-def _phi(x, FAST: tl.constexpr):
+def _phi(x):
     "Φ(x), and exp(-x²/2). Abramowitz & Stegun 7.1.26 in float32, erf in float64."
-    e = _exp2(x*x*-0.7213475204444817, FAST)
+    e = tl.exp2(x*x*-0.7213475204444817)
     if x.dtype == tl.float64: p = 0.5*(1 + tl.erf(x*0.7071067811865476))
     else:
-        t = _recip(1 + 0.23164189*tl.abs(x), FAST)
+        t = 1/(1 + 0.23164189*tl.abs(x))
         p = t*e*(0.127414796 + t*(-0.142248368 + t*(0.7107068705 + t*(-0.7265760135 + t*0.5307027145))))
         p = tl.where(x >= 0, 1 - p, p)
     return p, e
 
+# %% ../nbs/02b_fused.ipynb #c293bc6b
+@triton.jit
+def _phi16(x, FAST: tl.constexpr):
+    "Φ(x) as σ(q(x)), good enough for 16 bits, and q'(x). The first polynomial is -q(x)/x divided by ln 2."
+    t = tl.minimum(x*x, 25.)
+    s = _recip(1 + _exp2(x*(-2.3016471 + t*(-0.10598273 + t*(0.00073606160 + t*2.4836357e-05))), FAST), FAST)
+    return s, 1.5953802 + t*(0.22038489 + t*(-0.0025509956 + t*-0.00012050674))
+
+# %% ../nbs/02b_fused.ipynb #c293bc69
 @triton.jit
 def _act(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    if ACT == 'silu': x = x*_sigmoid(x, FAST)
-    if ACT == 'gelu': x = x*_phi(x, FAST)[0]
-    return x
+    "act(x) and act'(x). The compiler leaves out what is not asked for."
+    if ACT == 'silu': s, dq = _sigmoid(x, FAST), 1.
+    elif FAST: s, dq = _phi16(x, FAST)
+    else: s, e = _phi(x)
+    y = x*s
+    if ACT == 'gelu' and not FAST: dy = s + x*0.3989422804014327*e
+    else: dy = s + (y - y*s)*dq
+    return y, dy
 
 @triton.jit
-def _act_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    "The derivative of `_act` at x."
-    if ACT == 'gelu':
-        p, e = _phi(x, FAST)
-        y = p + x*0.3989422804014327*e
-    else:
-        s = _sigmoid(x, FAST)
-        y = s*(1 + x*(1 - s))
-    return y
+def _acts(row, ACT: tl.constexpr, FAST: tl.constexpr):
+    "The same for a row: two rows."
+    y = (); dy = ()
+    for j in tl.static_range(len(row)):
+        a, da = _act(row[j], ACT, FAST)
+        y += (a,); dy += (da,)
+    return y, dy
 
 # %% ../nbs/02b_fused.ipynb #56c1b892
 @triton.jit
-def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
-    c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    p, in_p = _parameter(c, in_c, UNIT, WIDE)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, FLIP, ST)
-    start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
-    x += b*sb; y += b*yb
-    left, here, right = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
-    above = start + k0*left + k1*here + k2*right
-    left, here, right = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
-    now = start + k0*left + k1*here + k2*right
-    above += k3*left + k4*here + k5*right
-    next_left, next_here, next_right = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
-    for r in range(r0, min(r0 + rows, H)):
-        left, here, right = next_left.to(ST), next_here.to(ST), next_right.to(ST)
-        next_left, next_here, next_right = _row(x, r + 2, w, c, H, W, sh, sw, in_c)       # under way while this row is worked on
-        out = above + k6*left + k7*here + k8*right
-        above = now + k3*left + k4*here + k5*right
-        now = start + k0*left + k1*here + k2*right
-        tl.store(y + r*yh + (w[:,None]*yw + c[None]), _act(out, ACT, FAST).to(y.dtype.element_ty), mask=in_c[None] & (w < W)[:,None])
+def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw: tl.constexpr, yb, yh, yw: tl.constexpr, n_c, n_w, n_r, rows, TW: tl.constexpr, CB: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
+    c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB, EVEN)
+    k, start = _taps(weight, bias, *_parameter(c, in_c, UNIT, WIDE), HAS_BIAS, ST)
+    start = (start,)*TW
+    x += b*sb + (r0*sh + w*sw) + c; y += b*yb + (r0*yh + w*yw) + c
+    above = _plus(start, _as(_row(x - sh, in_c & (r0 > 0), w, W, sw, TW, 1, EXACT), ST), k, 0)
+    row = _as(_row(x, in_c, w, W, sw, TW, 1, EXACT), ST)
+    above, now = _plus(above, row, k, 1), _plus(start, row, k, 0)
+    for r in tl.range(r0, min(r0 + rows, H), num_stages=3):
+        x += sh
+        row = _as(_row(x, in_c & (r + 1 < H), w, W, sw, TW, 1, EXACT), ST)
+        out = _plus(above, row, k, 2)
+        above, now = _plus(now, row, k, 1), _plus(start, row, k, 0)
+        if ACT != 'none': out = _acts(out, ACT, FAST)[0]
+        _put(y, out, in_c, w, W, yw, TW, 0, EXACT)
+        y += yh
 
 # %% ../nbs/02b_fused.ipynb #c6964398
 def _cdiv(a, b): return -(-a//b)
@@ -178,9 +201,9 @@ def _pow2(n): return 1 << max(0, n - 1).bit_length()     # the next power of 2; 
 
 def _conv_plan(h, w, c, backward):
     "(columns, channels, rows, warps) of a program."
-    if backward: cols, chans, rows, warps = (4, 32, h, 1) if w <= 14 else (4, 64, h, 2)
-    else: cols, chans, rows, warps = (4, 128, 28, 4) if c >= 128 and w > 14 else (8, 64, 28, 4)
-    return min(cols, _pow2(w)), min(chans, _pow2(c)), min(rows, h), warps
+    cols = min((7, 6, 5, 4), key=lambda n: _cdiv(w, n)*(n + 2))
+    chans = min(128, _pow2(c))
+    return min(cols, w), chans, h if backward else min(28, h), _cdiv(chans, 64)
 
 def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
@@ -197,56 +220,62 @@ def _conv_launch(x, backward, unit=None):
     b, h, w, c = x.shape
     cols, chans, rows, warps = _conv_plan(h, w, c, backward)
     blocks = -(-c//chans), -(-w//cols), -(-h//rows)
-    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, FAST=_fast(x), ST=_tl(_state_dtype(x)), num_warps=warps)
+    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, EXACT=w % cols==0, EVEN=c % chans==0, FAST=_fast(x),
+                                                      ST=_tl(_state_dtype(x)), num_warps=warps)
 
-def _conv(x, weight, bias, act, out=None, flip=False, unit=None):
+def _conv(x, weight, bias, act, out=None, unit=None):
     "act(conv(x) + bias), written to `out` if given. x has its channels side by side."
     y = _new(x) if out is None else out
     n, blocks, meta = _conv_launch(x, False, unit)
     with _on(x): _dwconv_forward[(n,)](x, weight.contiguous(), bias, y, *x.shape[1:], *x.stride()[:3], *y.stride()[:3], *blocks,
-                                       ACT=act, FLIP=flip, HAS_BIAS=bias is not None, **meta)
+                                       ACT=act, HAS_BIAS=bias is not None, **meta)
     return y
 
 # %% ../nbs/02b_fused.ipynb #91bef9ef
 @triton.jit
-def _dwconv_backward(dy, x, weight, bias, ds, y, share, H, W, channels, gb, gh, gw, sb, sh, sw, yb, yh, yw, n_c, n_w, n_r, rows,
-    TW: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
-    "ds = dy·act'(s), a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y."
-    c, in_c, w, r0, b = _tile(channels, n_c, n_w, n_r, rows, TW, CB)
-    p, in_p = _parameter(c, in_c, UNIT, WIDE)
-    k0, k1, k2, k3, k4, k5, k6, k7, k8 = _nine(weight, p, in_p, False, ST)
-    start = tl.zeros((TW, CB), ST)
-    if HAS_BIAS: start += tl.load(bias + p, mask=in_p, other=0).to(ST)[None]
-    dy += b*gb; x += b*sb; y += b*yb; ds += b*yb
-    d0 = tl.zeros((TW, CB), ST); d1 = d0; d2 = d0; d3 = d0; d4 = d0; d5 = d0; d6 = d0; d7 = d0; d8 = d0; d9 = d0
-    a0, a1, a2 = _row_as(x, r0 - 1, w, c, H, W, sh, sw, in_c, ST)
-    b0, b1, b2 = _row_as(x, r0, w, c, H, W, sh, sw, in_c, ST)
-    ok = in_c[None] & (w < W)[:,None]
-    n0, n1, n2 = _row(x, r0 + 1, w, c, H, W, sh, sw, in_c)
-    next_g = tl.load(dy + r0*gh + (w[:,None]*gw + c[None]), mask=ok, other=0)
-    for r in range(r0, min(r0 + rows, H)):
-        c0, c1, c2, g = n0.to(ST), n1.to(ST), n2.to(ST), next_g.to(ST)
-        n0, n1, n2 = _row(x, r + 2, w, c, H, W, sh, sw, in_c)                              # under way while this row is worked on
-        next_g = tl.load(dy + (r + 1)*gh + (w[:,None]*gw + c[None]), mask=ok & (r + 1 < H), other=0)
+def _tap_sums(sums, g, top, middle, bottom, TW: tl.constexpr):
+    "Ten sums: of g times three rows, shifted as the nine taps are, and of g. g has one column more than the strip on each side, which do not count, the rows have two."
+    out = ()
+    for i in tl.static_range(10):
+        d = sums[i]
+        for j in tl.static_range(TW): d += g[j+1]*(top, middle, bottom)[i//3][j + i % 3 + 1] if i < 9 else g[j+1]
+        out += (d,)
+    return out
+
+@triton.jit
+def _times(a, b):
+    out = ()
+    for j in tl.static_range(len(a)): out += (a[j]*b[j],)
+    return out
+
+# %% ../nbs/02b_fused.ipynb #91bef9f0
+@triton.jit
+def _dwconv_backward(dy, x, weight, bias, dx, y, share, H, W, channels, gb, gh, gw: tl.constexpr, sb, sh, sw: tl.constexpr, db, dh, dw: tl.constexpr, yb, yh, yw: tl.constexpr, n_c, n_w, TW: tl.constexpr,
+    CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
+    "dx, a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y."
+    c, in_c, w, _r, b = _tile(channels, n_c, n_w, 1, H, TW, CB, EVEN)
+    k, start = _taps(weight, bias, *_parameter(c, in_c, UNIT, WIDE), HAS_BIAS, ST)
+    turned, zero = k[::-1], tl.zeros((CB,), ST)
+    dy += b*gb + w*gw + c; x += b*sb + w*sw + c; y += b*yb + w*yw + c
+    dx += b*db + w*dw - dh + c                                                             # a row of dx is finished by the row of s after it
+    sums, above, now, top = (zero,)*10, (zero,)*TW, (zero,)*TW, (zero,)*(TW + 4)
+    middle = _row(x, in_c, w, W, sw, TW, 2, EXACT)
+    for r in tl.range(0, H, num_stages=3):
+        x += sh
+        g, bottom = _as(_row(dy, in_c, w, W, gw, TW, 1, EXACT), ST), _row(x, in_c & (r + 1 < H), w, W, sw, TW, 2, EXACT)
+        mid, low = _as(middle, ST), _as(bottom, ST)
         if ACT != 'none':
-            at = r*yh + (w[:,None]*yw + c[None])
-            s = start + k0*a0 + k1*a1 + k2*a2 + k3*b0 + k4*b1 + k5*b2 + k6*c0 + k7*c1 + k8*c2
-            if SAVE_Y: tl.store(y + at, _act(s, ACT, FAST).to(y.dtype.element_ty), mask=ok)
-            g *= _act_grad(s, ACT, FAST)
-            tl.store(ds + at, g.to(ds.dtype.element_ty), mask=ok)
-        d0 += g*a0; d1 += g*a1; d2 += g*a2; d3 += g*b0; d4 += g*b1; d5 += g*b2; d6 += g*c0; d7 += g*c1; d8 += g*c2; d9 += g
-        a0 = b0; a1 = b1; a2 = b2; b0 = c0; b1 = c1; b2 = c2
+            a, da = _acts(_plus(_plus(_plus((start,)*(TW + 2), top, k, 0), mid, k, 1), low, k, 2), ACT, FAST)
+            if SAVE_Y: _put(y, a, in_c, w, W, yw, TW, 1, EXACT)
+            g = _times(g, da)
+        sums = _tap_sums(sums, g, top, mid, low, TW)
+        _put(dx, _plus(above, g, turned, 2), in_c & (r > 0), w, W, dw, TW, 0, EXACT)
+        above, now = _plus(now, g, turned, 1), _plus((zero,)*TW, g, turned, 0)
+        top, middle = mid, bottom                                                            # 16 bits while it waits: Triton does not pipeline a row that is only handed on twice
+        dy += gh; dx += dh; y += yh
+    _put(dx, above, in_c, w, W, dw, TW, 0, EXACT)
     share += (tl.program_id(0)//n_c).to(tl.int64)*10*channels + c
-    tl.store(share, tl.sum(d0, 0), mask=in_c)
-    tl.store(share + channels, tl.sum(d1, 0), mask=in_c)
-    tl.store(share + 2*channels, tl.sum(d2, 0), mask=in_c)
-    tl.store(share + 3*channels, tl.sum(d3, 0), mask=in_c)
-    tl.store(share + 4*channels, tl.sum(d4, 0), mask=in_c)
-    tl.store(share + 5*channels, tl.sum(d5, 0), mask=in_c)
-    tl.store(share + 6*channels, tl.sum(d6, 0), mask=in_c)
-    tl.store(share + 7*channels, tl.sum(d7, 0), mask=in_c)
-    tl.store(share + 8*channels, tl.sum(d8, 0), mask=in_c)
-    tl.store(share + 9*channels, tl.sum(d9, 0), mask=in_c)
+    for i in tl.static_range(10): tl.store(share + i*channels, sums[i], mask=in_c)
 
 # %% ../nbs/02b_fused.ipynb #5d2e61a7
 def _grad_of(p, g):
@@ -257,12 +286,12 @@ def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
     "Gradient of x (written to `out` if given), shares of those of taps and bias side by side (programs, 10, channels), and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
     n, blocks, meta = _conv_launch(x, True, unit)
-    ds = dy if act=='none' else _new(x)
-    y = _new(x) if save_y else ds
+    dx = _new(x) if out is None else out
+    y = _new(x) if save_y else dx
     share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
-    with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, ds, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *ds.stride()[:3], *blocks,
+    with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, dx, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *dx.stride()[:3], *y.stride()[:3], *blocks[:2],
                                         ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
-    return _conv(ds, weight, None, 'none', out, True, unit), share, y
+    return dx, share, y
 
 def _tap_grads(share, weight, bias, unit=None):
     "Gradients of weight and bias from the shares that `_conv_backward` gives, (programs, 10, channels)."
