@@ -21,7 +21,8 @@ if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, c
 else:
     import triton
     import triton.language as tl
-    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back, _on, _places, _softplus, _store_state
+    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back, _on
+    from groupmamba.kernels import _places, _softplus, _store_state
     from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _row as _row_of, _write as _write4
 
 # %% ../nbs/02b_fused.ipynb #909904c4
@@ -492,7 +493,8 @@ def _few(x, Wx, Wdt, unit, c, in_d, bias, R: tl.constexpr, ST: tl.constexpr):
     if R == 2:
         S1 = _over_channels(x*_vector(Wx + unit, c, in_d, ST))
         raw += S1*_vector(Wdt + 1, c*R, in_d, ST)
-    return S0, S1, _over_channels(x*_vector(Wx + R*unit, c, in_d, ST)), _over_channels(x*_vector(Wx + (R + 1)*unit, c, in_d, ST)), raw
+    B, C = _over_channels(x*_vector(Wx + R*unit, c, in_d, ST)), _over_channels(x*_vector(Wx + (R + 1)*unit, c, in_d, ST))
+    return S0, S1, B, C, raw
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
@@ -509,7 +511,8 @@ def _tile_steps(k, L, walk, H, W, in_d, RUNS: tl.constexpr):
     return t, p0, p1, p2, p3, _join4(t < L, t + 1 < L, t + 2 < L, t + 3 < L)[:,None,:] & in_d[None,:,None]
 
 @triton.jit
-def _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, FEW: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
+    FEW: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "δ₀ and δ₁ if FEW, else x and S as matrices; B, C (of the first state), Δ before its softplus and after."
     if FEW: first, second, B, C, raw = _few(x, Wx, Wdt, unit, c, in_d, bias, R, ST)
     else:
@@ -545,8 +548,9 @@ def _join(left, added, P, s, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.c
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba2
 @triton.jit
-def _gated_carry(u, Wx, Wdt, A, bias, carry, H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
-    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _gated_carry(u, Wx, Wdt, A, bias, carry,
+    H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "What every chunk of tiles does to a state: how much of it is left, and what is added. carry: (B, chunks, 2, N, channels)."
     L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
@@ -595,7 +599,8 @@ def _border_states(carry, reverse=False):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
 @triton.jit
-def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
+    GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
     "State n after every step of a tile, and all states behind it."
     a, w = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
     P, s = _local(a, w)
@@ -603,8 +608,9 @@ def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: t
     return _global(a, w, into), _set_state(h_all, i, n, behind, N, RUNS)
 
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
-    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states,
+    H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
     "v of a chunk of tiles, and the states that enter each; entering: those that enter the chunks, 0 if there is one only (WHOLE)."
     L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
@@ -646,8 +652,9 @@ def _gated_launch(u, A, dt_weight, walks, back, log):
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
     k, few = -(-(h*w)//steps), n == 1 and r <= 2
-    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few, GATHER=_HAS_GATHER and (not few or wide > 16 and not back),
-                RUNS=steps//4, DB=max(16, _pow2(wide)), ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)), num_warps=warps[back])
+    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
+                GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=max(16, _pow2(wide)), num_warps=warps[back],
+                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))    # Triton's interpreter knows no bfloat16 products
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
 
 # %% ../nbs/02b_fused.ipynb #ee413586
@@ -679,7 +686,7 @@ def _gate_and_norm_back(g, y, rstd, zz, gain, shift, unit, FAST: tl.constexpr):
 @triton.jit
 def _to_scan(dv, zx, dzx, x, delta, B, C, S, h_all, dgain, dshift, A, Db, ga, sh, channels, t, p0, p1, p2, p3, ok, L, d, e, in_d, in_e, i, j, unit, eps,
     R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
-    "From v back to the scan's output y: its gradient, states behind the tile, those after its steps (of the last n), sums for gain and shift. Writes the gradient of z."
+    "From v back to the scan's output y: its gradient, states behind the tile and after its steps (of the last n), sums for gain and shift; writes dz."
     z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, FULL, 2, ST)
     g = _exist(_read4(dv, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, FULL, 2, ST), t, L, False)
     y, h = Db*x, x*0
@@ -697,8 +704,9 @@ def _store_pair(ptr, one, two, apart, d, in_d):
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea7
 @triton.jit
-def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, carry, small, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
-    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, carry, small,
+    H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every chunk does to a state's gradient."
     L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
@@ -750,8 +758,9 @@ def _matrices_back(xm, S, dS, dd, dx, dwx, dwdt, wx, wdt, RUNS: tl.constexpr, DB
     return dx + _as_runs(tl.dot(dS.to(DT), tl.trans(wx), input_precision='ieee').to(ST), RUNS, DB), dwx, dwdt
 
 @triton.jit
-def _store_weights(dWx, dWdt, w0, w1, wB, wC, t0, t1, dwx, dwdt, unit, c, j, in_d, R: tl.constexpr, N: tl.constexpr, FEW: tl.constexpr):
-    "A share of the gradients of a group's x_proj and dt_weight."
+def _store_shares(ptr, channels, g, w0, w1, wB, wC, t0, t1, dwx, dwdt, dA, dD, dbias, unit, c, d, i, j, in_d, R: tl.constexpr, N: tl.constexpr, FEW: tl.constexpr):
+    "A share of the gradients of x_proj, dt_weight, A, D and dt_bias, one after the other."
+    dWx, dWdt, dA_all = ptr + g*(R + 2*N)*unit, ptr + (channels*(R + 2*N) + g*unit*R), ptr + channels*(2*R + 2*N)
     if FEW:
         _store_pair(dWx + R*unit, wB, wC, unit, c, in_d)
         tl.store(dWx + c, tl.sum(w0, 0), mask=in_d); tl.store(dWdt + c*R, tl.sum(t0, 0), mask=in_d)
@@ -759,12 +768,15 @@ def _store_weights(dWx, dWdt, w0, w1, wB, wC, t0, t1, dwx, dwdt, unit, c, j, in_
     else:
         tl.store(dWx + (j[None]*unit + c[:,None]), dwx, mask=in_d[:,None] & (j < R + 2*N)[None])
         tl.store(dWdt + (j[:,None] + c[None]*R), dwdt, mask=in_d[None] & (j < R)[:,None])
+    if N == 1: tl.store(dA_all + d, tl.sum(dA, 0), mask=in_d)
+    else: tl.store(dA_all + (i[:,None]*channels + d[None]), dA, mask=in_d[None] & (i < N)[:,None])
+    _store_pair(dA_all + channels*N, dD, dbias, channels, d, in_d)
 
 # %% ../nbs/02b_fused.ipynb #d30a0eab
 @triton.jit
 def _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
     GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr, KNOWN: tl.constexpr):
-    "Back through state n of a tile: gradients dx, dd of Δ, dA with its part added, those of B and C, and what goes to the tile before. KNOWN: h is the state after every step."
+    "State n of a tile: its part added to dx, dd and dA; dB, dC, what goes to the tile before. KNOWN: h is the state after every step."
     An, Bn, Cn = _rate(A, n, d, in_d, N, LOG, FAST, ST), _of(B, S, j, R + n, N, RUNS, ST), _of(C, S, j, R + N + n, N, RUNS, ST)
     a, w = _decay(delta, An, FAST), delta*x*Bn
     P, s = _local(a, w)
@@ -777,9 +789,11 @@ def _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d,
 
 # %% ../nbs/02b_fused.ipynb #d30a0ea8
 @triton.jit
-def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, du, dzx, small, shares, H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, FEW: tl.constexpr,
-    GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
-    "Back through scan and selection of a chunk, last tile first. WHOLE: it is all there is, dv is the gradient of v; else `_gated_middle` has made dv that of y, and back says what enters from behind."
+def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, du, dzx, small, shares,
+    H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
+    """Back through scan and selection of a chunk, last tile first. WHOLE: it is the only one, and dv the gradient of v.
+    Else dv is what `_gated_middle` has made of that, the gradient of y, and back what enters chunks from behind."""
     L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
     c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
@@ -804,21 +818,17 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, d
         else: dy = _exist(_read4(dv, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST), t, L, False)
         dx, dd, dS, dB, dC = Db*dy, x*0, tl.zeros((RUNS*4, RP), ST), B*0, C*0
         for n in range(N):
-            dx, dd, dA, dB, dC, r_all = _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST, WHOLE and N == 1)
+            dx, dd, dA, dB, dC, r_all = _scan_tile_back(h_all, r_all, n, h, delta, x, dy, dx, dd, dA, B, C, S, A, d, in_d, i, j,
+                                                        R, N, RUNS, DB, GATHER, FAST, LOG, ST, WHOLE and N == 1)
             if not FEW: dS += tl.where(j[None] == R + n, _flat(dB, RUNS, 1), 0.) + tl.where(j[None] == R + N + n, _flat(dC, RUNS, 1), 0.)
         dd = tl.where(ok, dd*_sigmoid(raw, FAST), 0.)
         dD += tl.sum(dy*x, 2); dbias += tl.sum(dd, 2)
         if FEW: dx, w0, w1, wB, wC, t0, t1 = _few_back(x, one, S, dB, dC, dd, dx, w0, w1, wB, wC, t0, t1, Wx, Wdt, unit, c, in_d, R, ST)
         else: dx, dwx, dwdt = _matrices_back(one, S, dS, dd, dx, dwx, dwdt, wx, wdt, RUNS, DB, ST, DT)
         _write4(du, channels, dx, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
-    channels = G*unit                                                          # x_proj, dt_weight, A, D and dt_bias, one after the other
+    channels = G*unit
     if WHOLE: _store_pair(small + chunk*2*channels, dgain, dshift, channels, d, in_d)
-    shares += chunk*(channels*(2*R + 3*N + 2))
-    _store_weights(shares + g*(R + 2*N)*unit, shares + (channels*(R + 2*N) + g*unit*R), w0, w1, wB, wC, t0, t1, dwx, dwdt, unit, c, j, in_d, R, N, FEW)
-    shares += channels*(2*R + 2*N)
-    if N == 1: tl.store(shares + d, tl.sum(dA, 0), mask=in_d)
-    else: tl.store(shares + (i[:,None]*channels + d[None]), dA, mask=in_d[None] & (i < N)[:,None])
-    _store_pair(shares + channels*N, dD, dbias, channels, d, in_d)
+    _store_shares(shares + chunk*(channels*(2*R + 3*N + 2)), channels, g, w0, w1, wB, wC, t0, t1, dwx, dwdt, dA, dD, dbias, unit, c, d, i, j, in_d, R, N, FEW)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx, log=False):
