@@ -627,6 +627,7 @@ class _MambaSSM(torch.autograd.Function):
         y, states, *gated = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, delta_bias, softplus)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, states, y)
         ctx.softplus, last = softplus, states[:,:,-1,1::2].contiguous()
+        if B.dim()==2: last = last*B                        # a constant B is multiplied into C there, and is not in the states
         ctx.mark_non_differentiable(last)
         return gated[0] if gated else y, last
 

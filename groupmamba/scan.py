@@ -408,18 +408,21 @@ def available_backends()->list[str]: # names that `selective_scan(..., backend=)
     "The backends that work here."
     return [k for k,(_,missing) in _BACKENDS.items() if not missing()]
 
-_LOADED = {} # name: function, filled by `_pick`
+_LOADED, _COMPLETE = {}, {} # name: function, and name: entry of `_BACKENDS` that lacked nothing; filled by `_pick`
+
+def _complete(backend): return _COMPLETE.get(backend) is _BACKENDS[backend]     # asked at every call, so not looked up anew: that would cost more than a small kernel
 
 def _pick(backend, cuda):
     "The name of the backend to use, its function loaded. Raises `ValueError` (unknown) or `RuntimeError` (unavailable)."
-    if backend=="auto": backend = "triton" if cuda and not _no_triton() else "torch"
+    if backend=="auto": backend = "triton" if cuda and (_complete("triton") or not _no_triton()) else "torch"
     if backend not in _BACKENDS: raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(['auto', *_BACKENDS])}")
+    if _complete(backend): return backend
     where, missing = _BACKENDS[backend]
     if why := missing(): raise RuntimeError(f"backend {backend!r} is not available: {why}")
     if isinstance(where, str):
         module, name = where.split(":")
         where = getattr(importlib.import_module(module), name)
-    _LOADED[backend] = where
+    _LOADED[backend], _COMPLETE[backend] = where, _BACKENDS[backend]
     return backend
 _pick._dynamo_marked_constant = True # torch.compile runs it once instead of tracing it
 
