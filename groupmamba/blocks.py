@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
-from .scan import _pick, _scan_flops, _state_dtype
+from .scan import _is_exporting, _pick, _scan_flops, _state_dtype
 from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
 
@@ -959,7 +959,7 @@ def fused_dtype(
     x:Tensor, # image map
 )->torch.dtype|None: # 16-bit dtype in which fused blocks would run; None: the reference form
     "The one place that chooses between the two forms of a block: fused on CUDA in 16 bits, where Triton is; the reference form otherwise."
-    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
+    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or _is_exporting(): return None
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 

@@ -428,9 +428,10 @@ _pick._dynamo_marked_constant = True # torch.compile runs it once instead of tra
 
 # %% ../nbs/01_scan.ipynb #d71861b0
 def _is_exporting():
-    "Inside `torch.export`? Before torch 2.7 a compiler looks the same."
+    "Inside `torch.export`? torch before 2.7 has one name for both."
     ask = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return ask()
+_is_exporting._dynamo_marked_constant = True # run, not traced: to code that it traces, the compiler of torch 2.11 says yes, always
 
 def selective_scan(
     u:Tensor, # input, (B, D, L); float16, bfloat16, float32 or float64
