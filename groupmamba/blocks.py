@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'norm_rows', 'gemm', 'norm_gemm', 'mixer_forward',
-           'ffn_forward', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'plain_form', 'fused_dtype',
-           'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
+           'ffn_forward', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'in_rows', 'plain_form',
+           'fused_dtype', 'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
 
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
-from .scan import _pick, _scan_flops, _state_dtype
+from .scan import _is_exporting, _pick, _scan_flops, _state_dtype
 from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
 
@@ -135,6 +136,10 @@ def _tiles(x, plan):
     return b, l, c, bm, warps, _cdiv(l, bm), *more
 
 def _rows(x): return x.flatten(0, 2)
+
+def _maps(x, *rows):
+    "Maps (B, H, W, any), from maps or from rows of them."
+    return [r.view(*x.shape[:3], -1) if r.dim() == 2 else r for r in rows]
 
 def _scaled(dy, scale):
     "Rows of scale·dy, rounded once."
@@ -793,6 +798,8 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
     *params, eps, geps, walks = args
     gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias = params
     G, c = len(walks), x.shape[3]
+    zx, u, v, t = _maps(x, zx, u, v, t)
+    borders = borders.view(len(x), -1, A_log.shape[1], c)
     units = unit, wide = len(gain)//G, c//G
     w_in, w_out, w = _taken(ready, (w_in, w_out, w), *units, MIXER_DIMS)
     ds, part = _scaled(dy, scale), _parts(_rows(x), more := len(x) if PLANS['whole'](c) else _shares(_rows(x)))
@@ -814,6 +821,7 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
 # %% ../nbs/02c_blocks.ipynb #02c0002f
 def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
     "Gradients of x and, side by side in one tensor, of all parameters: `_grads` takes it apart."
+    h, = _maps(x, h)
     params, units = (gain, shift, w1, b1, k, kb, w2, b2), (len(gain)//4, x.shape[3]//4)
     w1, w2 = _taken(ready, (w1, w2), *units, FFN_DIMS)
     ds, part = _scaled(dy, scale), _parts(_rows(x))
@@ -826,6 +834,22 @@ def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, 
     dw1 = wgrad(_rows(dh), norm_rows(_rows(x), gain, shift, eps, units)[0], bias=True)
     dx = norm_back(dxn, _rows(x), stats, gain, part[0], _rows(dy), units)
     return dx.view_as(x), _ffn_finish(params, part, dw1, taps, dw2, units[1])
+
+# %% ../nbs/02c_blocks.ipynb #02c0c002
+def in_rows(f, maps=1):
+    "`f` with one more argument, the last: (B, H, W) where the first maps are rows and the results shall be; () where all are maps."
+    def g(*args):
+        *args, size = args
+        if not size: return f(*args)
+        results = f(*(x.view(*size, x.shape[1]) for x in args[:maps]), *args[maps:])
+        return tuple(r.flatten(0, 2) if r.dim() == 4 else r for r in results)
+    return g
+
+def _result(op, x, *args):
+    "y of an operator for a map, shape of x; in rows where a compiler looks on."
+    x = x.contiguous()
+    if not torch.compiler.is_compiling(): return op(x, *args, ())[0]
+    return op(x.flatten(0, 2), *args, x.shape[:3])[0].view(x.shape)
 
 # %% ../nbs/02c_blocks.ipynb #02c00031
 _MIXER = ('gain shift fc1 fc1_bias fc2 fc2_bias in_proj conv conv_bias x_proj dt_weight A_log D dt_bias scan_gain scan_shift '
@@ -840,14 +864,15 @@ def _operator(name, f, given, params, options, results):
     return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=schema)
 
 _kept = 'x zx u borders v t stats tstats mean gate ready'.split()
-_mixer_options, _ffn_options = ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer_op = _operator('mixer_block', mixer_forward, ['x'], _MIXER, _mixer_options, 11)
-_mixer_backward_op = _operator('mixer_block_backward', mixer_backward, ['dy', *_kept], _MIXER, _mixer_options, 2)
-_ffn_op = _operator('ffn_block', ffn_forward, ['x'], _FFN, _ffn_options, 4)
-_ffn_backward_op = _operator('ffn_block_backward', ffn_backward, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, _ffn_options, 2)
+_size, _mixer_options, _ffn_options = 'SymInt[] size', ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
+_mixer_op = _operator('mixer_block', in_rows(mixer_forward), ['x'], _MIXER, (*_mixer_options, _size), 11)
+_mixer_backward_op = _operator('mixer_block_backward', in_rows(mixer_backward, 2), ['dy', *_kept], _MIXER, (*_mixer_options, _size), 2)
+_ffn_op = _operator('ffn_block', in_rows(ffn_forward), ['x'], _FFN, (*_ffn_options, _size), 4)
+_ffn_backward_op = _operator('ffn_block_backward', in_rows(ffn_backward, 2), ['dy', 'x', 'h', 'stats', 'ready'], _FFN, (*_ffn_options, _size), 2)
 
 # %% ../nbs/02c_blocks.ipynb #02c00033
 @_mixer_op.register_fake
+@in_rows
 def _(x, scale, *args):
     (b, h, w, c), walks, st = x.shape, args[-1], _state_dtype(x)
     def new(*s, dtype=st): return x.new_empty(*s, dtype=dtype)
@@ -857,15 +882,18 @@ def _(x, scale, *args):
             new(c*(3*(c//len(walks)) + c), dtype=x.dtype))
 
 @_mixer_backward_op.register_fake
+@partial(in_rows, maps=2)
 def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args): return _new(x), _flat(args[:20], x)
 
 # %% ../nbs/02c_blocks.ipynb #02c00034
 @_ffn_op.register_fake
+@in_rows
 def _(x, scale, *args):
     m = args[2].shape[0]
     return _new(x), x.new_empty(*x.shape[:3], m), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x)), x.new_empty(2*m*x.shape[3])
 
 @_ffn_backward_op.register_fake
+@partial(in_rows, maps=2)
 def _(dy, x, h, stats, ready, scale, *args): return _new(x), _flat(args[:8], x)
 
 # %% ../nbs/02c_blocks.ipynb #02c00035
@@ -881,13 +909,13 @@ def _mixer_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dx, flat = torch.ops.groupmamba.mixer_block_backward(dy, x, *saved, *ctx.options)
-    return dx, None, *_grads(flat, saved[-20:]), None, None, None
+    return dx, None, *_grads(flat, saved[-20:]), *4*[None]
 
 def _ffn_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dx, flat = torch.ops.groupmamba.ffn_block_backward(dy, x, *saved, *ctx.options)
-    return dx, None, *_grads(flat, saved[-8:]), None
+    return dx, None, *_grads(flat, saved[-8:]), None, None
 
 _mixer_op.register_autograd(_mixer_vjp, setup_context=_save(20))
 _ffn_op.register_autograd(_ffn_vjp, setup_context=_save(8))
@@ -895,12 +923,11 @@ for _op in (_mixer_backward_op, _ffn_backward_op): _op.register_autograd(_no_sec
 
 # %% ../nbs/02c_blocks.ipynb #02c00032
 def _norm_forward(x, gain, shift, eps):
-    y, stats = norm_rows(x.flatten(0, -2), gain, shift, eps)
-    return y.view(x.shape), stats.view(*x.shape[:-1], 2)
+    return norm_rows(x, gain, shift, eps)
 
 def _norm_backward(dy, x, stats, gain):
-    part = _parts(x.flatten(0, -2))
-    return norm_back(dy.flatten(0, -2), x.flatten(0, -2), stats, gain, part[0]).view_as(x), part.sum((0, 1))
+    part = _parts(x)
+    return norm_back(dy, x, stats, gain, part[0]), part.sum((0, 1))
 
 _norm_op = torch.library.custom_op('groupmamba::rows_norm', _norm_forward, mutates_args=(),
     schema='(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor)')
@@ -909,7 +936,7 @@ _norm_backward_op = torch.library.custom_op('groupmamba::rows_norm_backward', _n
 
 # %% ../nbs/02c_blocks.ipynb #02c00132
 @_norm_op.register_fake
-def _(x, gain, shift, eps): return _new(x), x.new_empty(*x.shape[:-1], 2, dtype=_state_dtype(x))
+def _(x, gain, shift, eps): return _new(x), x.new_empty(len(x), 2, dtype=_state_dtype(x))
 
 @_norm_backward_op.register_fake
 def _(dy, x, stats, gain): return _new(x), x.new_empty(2, x.shape[-1], dtype=_state_dtype(x))
@@ -931,6 +958,7 @@ _norm_backward_op.register_autograd(_no_second_derivative)
 def _mixer_flops(x, scale, gain, shift, fc1, fc1_bias, fc2, fc2_bias, in_proj, conv, conv_bias, x_proj, dt_weight, A_log, *args,
                  out_shape=None, **kwargs):
     "Projections, convolution, selection, scan and gate; filled-up channels do not count."
+    x = args[-1] or x
     rows, c, r = math.prod(x[:3]), gain[0], fc1[0]
     products = 3*c*in_proj[1] + c*x_proj[0]//(c//x_proj[1]) + c*dt_weight[1] + c*c
     u = (x[0], x[1]*x[2], c)
@@ -939,7 +967,7 @@ def _mixer_flops(x, scale, gain, shift, fc1, fc1_bias, fc2, fc2_bias, in_proj, c
 @register_flop_formula(torch.ops.groupmamba.ffn_block)
 def _ffn_flops(x, scale, gain, shift, fc1, *args, out_shape=None, **kwargs):
     "Two linear layers and nine taps."
-    return 2*math.prod(x[:3])*(2*math.prod(fc1) + 9*fc1[0])
+    return 2*math.prod(x[:-1])*(2*math.prod(fc1) + 9*fc1[0])
 
 # %% ../nbs/02c_blocks.ipynb #02c00038
 _PLAIN = False
@@ -959,7 +987,7 @@ def fused_dtype(
     x:Tensor, # image map
 )->torch.dtype|None: # 16-bit dtype in which fused blocks would run; None: the reference form
     "The one place that chooses between the two forms of a block: fused on CUDA in 16 bits, where Triton is; the reference form otherwise."
-    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or torch.compiler.is_exporting(): return None
+    if _PLAIN or isinstance(x, torch.fx.Proxy) or not x.is_cuda or not _TRITON or _is_exporting(): return None
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
@@ -1009,7 +1037,7 @@ def mixer_block(
     "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('mixer_block', x, scale, params, 20, directions)
     if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
-    return torch.ops.groupmamba.mixer_block(x.contiguous(), scale, *params, eps, scan_eps, [WALKS[d] for d in directions])[0]
+    return _result(torch.ops.groupmamba.mixer_block, x, scale, *params, eps, scan_eps, [WALKS[d] for d in directions])
 
 # %% ../nbs/02c_blocks.ipynb #02c0023a
 def ffn_block(
@@ -1020,7 +1048,7 @@ def ffn_block(
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
     "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
-    return torch.ops.groupmamba.ffn_block(x.contiguous(), scale, *params, eps)[0]
+    return _result(torch.ops.groupmamba.ffn_block, x, scale, *params, eps)
 
 # %% ../nbs/02c_blocks.ipynb #02c0003b
 def layer_norm(
@@ -1029,4 +1057,5 @@ def layer_norm(
 )->Tensor: # same shape; in 16 bits where blocks are fused
     "`norm(x)`, by one kernel in 16 bits where fused blocks run."
     dtype = fused_dtype(x) if isinstance(norm, nn.LayerNorm) else None
-    return norm(x) if dtype is None else torch.ops.groupmamba.rows_norm(x.to(dtype).contiguous(), norm.weight, norm.bias, norm.eps)[0]
+    if dtype is None: return norm(x)
+    return torch.ops.groupmamba.rows_norm(x.to(dtype).contiguous().flatten(0, -2), norm.weight, norm.bias, norm.eps)[0].view(x.shape)

@@ -428,9 +428,10 @@ _pick._dynamo_marked_constant = True # torch.compile runs it once instead of tra
 
 # %% ../nbs/01_scan.ipynb #d71861b0
 def _is_exporting():
-    "Inside `torch.export`? Before torch 2.7 a compiler looks the same."
+    "Inside `torch.export`? Before torch 2.8 a compiler looks the same."
     ask = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return ask()
+_is_exporting._dynamo_marked_constant = torch.__version__ >= "2.8" # run, not traced: to what it traces, a compiler says yes until torch 2.11 at least
 
 def selective_scan(
     u:Tensor, # input, (B, D, L); float16, bfloat16, float32 or float64
