@@ -11,7 +11,7 @@ __all__ = ['NORMS', 'DETECT_RECIPES', 'DETECTION', 'PyramidFPN', 'in_float32', '
            'detect_cli']
 
 # %% ../nbs/12b_detect.ipynb #a7a6dbad
-import itertools, json, os
+import itertools, json
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
     gpu_wanted, load_dense, need, palette, task_command, tensor_of
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, say_where
 
 # %% ../nbs/12b_detect.ipynb #5b5acc65
 NORMS = dict(none=None, group=lambda c: nn.GroupNorm(min(32, c//4), c), batch=nn.BatchNorm2d) # in FPN and mask head
@@ -411,8 +411,7 @@ def report_detection(run, # trained
     draw_pairs(run.out/'results.png', curves, pairs)
     best = max(run.history, key=lambda r: r['val_mask_ap'])
     print(f'final box AP {run.history[-1]["val_box_ap"]:.3f}, mask AP {run.history[-1]["val_mask_ap"]:.3f} (best mask AP {best["val_mask_ap"]:.3f}, epoch {best["epoch"]})')
-    if text := run.bad.summary(): print(text)
-    for label, name in (('checkpoint', 'last.pt'), ('best', 'best.pt'), ('table', 'metrics.csv'), ('picture', 'results.png')): print(f'{label:10} {os.path.relpath(run.out/name)}')
+    say_where(run)
     return run.history[-1]
 
 # %% ../nbs/12b_detect.ipynb #6dfffbd3

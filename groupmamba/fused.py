@@ -794,14 +794,13 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, d
     RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
     """Back through scan and selection of a chunk, last tile first. WHOLE: it is the only one, and dv the gradient of v.
     Else dv is what `_gated_middle` has made of that, the gradient of y, and back what enters chunks from behind."""
-    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
+    L, channels, first, zero = H*W, G*WIDE, tl.program_id(1)*per, tl.zeros((RUNS, DB), ST)
     b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
     c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
     bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
     dv += b*L*channels; u += b*L*channels; du += b*L*channels; zx += b*L*2*channels + channels; dzx += b*L*2*channels + channels
-    zero = tl.zeros((RUNS, DB), ST)
     dgain, dshift, dD, dbias, w0, w1, wB, wC, t0, t1 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     dA, dwx, dwdt = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((DB, RP), ST), tl.zeros((RP, DB), ST)
     if WHOLE: r_all = dA
@@ -826,9 +825,8 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, d
         if FEW: dx, w0, w1, wB, wC, t0, t1 = _few_back(x, one, S, dB, dC, dd, dx, w0, w1, wB, wC, t0, t1, Wx, Wdt, unit, c, in_d, R, ST)
         else: dx, dwx, dwdt = _matrices_back(one, S, dS, dd, dx, dwx, dwdt, wx, wdt, RUNS, DB, ST, DT)
         _write4(du, channels, dx, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
-    channels = G*unit
-    if WHOLE: _store_pair(small + chunk*2*channels, dgain, dshift, channels, d, in_d)
-    _store_shares(shares + chunk*(channels*(2*R + 3*N + 2)), channels, g, w0, w1, wB, wC, t0, t1, dwx, dwdt, dA, dD, dbias, unit, c, d, i, j, in_d, R, N, FEW)
+    if WHOLE: _store_pair(small + chunk*2*G*unit, dgain, dshift, G*unit, d, in_d)
+    _store_shares(shares + chunk*(G*unit*(2*R + 3*N + 2)), G*unit, g, w0, w1, wB, wC, t0, t1, dwx, dwdt, dA, dD, dbias, unit, c, d, i, j, in_d, R, N, FEW)
 
 # %% ../nbs/02b_fused.ipynb #ed6451f1
 def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, dzx, log=False):

@@ -239,8 +239,7 @@ def _store_borders(ptr, h, k, tiles, s, d, in_d, RUNS: tl.constexpr, BACK_RUNS: 
 @triton.jit
 def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walks, K, tiles, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
     channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
-    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr,
-    BACK_RUNS: tl.constexpr):
+    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, BACK_RUNS: tl.constexpr):
     "K tiles of RUNS runs of four steps and DB channels. MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
     b, _block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
@@ -261,14 +260,12 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
         delta = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
         if bias is not None: delta += shift
         delta = _exist(_softplus(delta) if SOFTPLUS else delta, t, L, EVEN)
-        v = delta*x
-        out = x*skip if D is not None else x*0
+        v, out = delta*x, x*skip if D is not None else x*0
         for n in range(N):
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
             w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
-            h0 = _pick(h_all, i, n, N, RUNS, DB)
             P, S = _local(a, w)
-            h, h0 = _enter(P, S, h0, RUNS, False, GATHER)                # carry
+            h, h0 = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)   # carry
             _store_borders(borders + (b*tiles*N + n)*channels, h, k, tiles, N*channels, d, in_d, RUNS, BACK_RUNS)
             h_all = _put(h_all, i, n, h0, N, RUNS)
             out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)

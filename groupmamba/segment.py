@@ -10,7 +10,6 @@ __all__ = ['SEGMENT_RECIPES', 'SEGMENTATION', 'SCALES', 'UperNet', 'init_head', 
            'measure_segmentation', 'predict_segmentation', 'segment_cli']
 
 # %% ../nbs/12c_segment.ipynb #de9b76f4
-import os
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,8 @@ from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
     load_dense, need, palette, task_command, tensor_of
-from groupmamba.train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, part_size, \
-    write_csv
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, part_size, \
+    say_where, write_csv
 
 # %% ../nbs/12c_segment.ipynb #7ddd7b20
 class UperNet(Spared, nn.Module):
@@ -370,9 +369,7 @@ def report_segmentation(run, # trained
     draw_pairs(run.out/'results.png', curves, pairs)
     best = max(run.history, key=lambda r: r['val_miou'])
     print(f'final mIoU {run.history[-1]["val_miou"]:.3f} (best {best["val_miou"]:.3f}, epoch {best["epoch"]})')
-    if text := run.bad.summary(): print(text)
-    for what, name in (('checkpoint', 'last.pt'), ('best', 'best.pt'), ('table', 'metrics.csv'), ('classes', 'classes.csv'), ('picture', 'results.png')):
-        print(f'{what:10} {os.path.relpath(run.out/name)}')
+    say_where(run, classes='classes.csv')
     return run.history[-1]
 
 # %% ../nbs/12c_segment.ipynb #bc772963

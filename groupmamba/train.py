@@ -12,8 +12,8 @@ __all__ = ['PLAIN', 'RECIPES', 'CLASSIFICATION', 'SIGNALS', 'FORMAT', 'MAY_CHANG
            'agree', 'update', 'give_up', 'train_step', 'write_config', 'open_logs', 'log', 'progress_bar',
            'peak_memory', 'count', 'train_one_epoch', 'validate', 'validate_all', 'best_weights', 'rng_states',
            'save_checkpoint', 'also_as', 'drop_old', 'load_checkpoint', 'check_same', 'restore', 'end_epoch',
-           'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion', 'draw_run', 'report',
-           'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig', 'PredictConfig',
+           'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion', 'draw_run', 'say_where',
+           'report', 'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig', 'PredictConfig',
            'pick_weights', 'load_model', 'eval_images', 'write_per_class', 'evaluate', 'measure', 'predict', 'Parser',
            'default_text', 'add_field', 'make_parser', 'run_cli', 'train_command', 'train_cli', 'eval_cli',
            'predict_cli']
@@ -905,6 +905,12 @@ def draw_run(path:Path, # PNG file, replaced as a whole
     with replacing(path) as temporary: fig.savefig(temporary, format='png', dpi=100)
 
 # %% ../nbs/10_train.ipynb #61b2efb3
+def say_where(run:Run, # trained
+              **more:str): # further files of `run.out`: label=name
+    "Prints what could not be read, and where everything is."
+    if text := run.bad.summary(): print(text)
+    for label, name in dict(checkpoint='last.pt', best='best.pt', table='metrics.csv', **more, picture='results.png').items(): print(f'{label:10} {os.path.relpath(run.out/name)}')
+
 def report(run:Run, # trained
            )->dict: # `loss`, `top1`, `top5` of the last epoch's model
     "Measures the final model, draws `results.png` and prints where everything is."
@@ -914,9 +920,7 @@ def report(run:Run, # trained
         best = max(run.history, key=lambda r: best_weights(r)[1])
         name, (top1, _) = best_weights(best)
         print(f'final validation accuracy {found["top1"]:.2%} after epoch {run.epoch} (best {top1:.2%}, epoch {best["epoch"]}' + (', averaged weights)' if name == 'ema' else ')'))
-        if text := run.bad.summary(): print(text)
-        for label, name in (('checkpoint', 'last.pt'), ('best', 'best.pt'), ('table', 'metrics.csv'), ('picture', 'results.png')):
-            print(f'{label:10} {os.path.relpath(run.out/name)}')
+        say_where(run)
     return found
 
 # %% ../nbs/10_train.ipynb #16b52a7b
