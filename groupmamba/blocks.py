@@ -836,8 +836,11 @@ def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, 
     return dx.view_as(x), _ffn_finish(params, part, dw1, taps, dw2, units[1])
 
 # %% ../nbs/02c_blocks.ipynb #02c0c002
-def in_rows(f, maps=1):
-    "`f` with one more argument, the last: (B, H, W) where the first maps are rows and the results shall be; () where all are maps."
+def in_rows(
+    f, # takes maps (B, H, W, C) first, returns a tuple of tensors
+    maps:int=1, # how many maps
+): # function of the same and `size`
+    "`f` with one more argument, the last: (B, H, W) where the first maps are rows (B·H·W, C) and the results shall be; () where all are maps."
     def g(*args):
         *args, size = args
         if not size: return f(*args)
