@@ -13,8 +13,8 @@ __all__ = ['N_DIGITS', 'KINDS', 'IMAGE_EXTENSIONS', 'SPLITS', 'TEXT', 'POLICY', 
            'write_shard', 'write_shards', 'shard_plan', 'folder_to_shards', 'write_table', 'read_table', 'from_all',
            'BadFiles', 'read_sample', 'check_images', 'posterize', 'mend_posterize', 'make_transform', 'seeded',
            'ImageData', 'make_dataset', 'make_mixup', 'mix', 'EpochSampler', 'collate', 'ImageLoader', 'make_loader',
-           'set_epoch', 'grain', 'draw_picture', 'DrawnClass', 'draw_imagenet_like', 'measure_loader', 'tool_cli',
-           'shards_cli', 'draw_cli']
+           'set_epoch', 'grain', 'draw_picture', 'DrawnClass', 'usable_cores', 'draw_imagenet_like', 'measure_loader',
+           'tool_cli', 'shards_cli', 'draw_cli']
 
 # %% ../nbs/09_data.ipynb #98b5e712
 import argparse, copy, csv, glob, hashlib, io, itertools, json, math, os, random, re, tarfile, tempfile, time
@@ -1020,8 +1020,10 @@ def draw_picture(rng:np.random.Generator, # everything random about this picture
     (w, h), small = size, min(size)
     hue, angle, stripes, corners = look.integers(256), look.random()*math.pi, look.uniform(5, 30)/small, int(look.integers(3, 9))
     sky = Image.fromarray(rng.integers(40, 216, (5, 7, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    wave = np.sin(2*math.pi*stripes*(np.arange(w)*math.cos(angle) + np.arange(h)[:, None]*math.sin(angle)))
-    paint = Image.merge('HSV', [Image.new('L', size, int(hue)), Image.new('L', size, 180), Image.fromarray((128 + 90*wave).astype(np.uint8))]).convert('RGB')
+    across, down = (np.exp(2j*math.pi*stripes*k*np.arange(n)) for n, k in ((w, math.cos(angle)), (h, math.sin(angle))))
+    wave = Image.fromarray((128 + 90*(down.real[:, None]*across.imag + down.imag[:, None]*across.real)).astype(np.uint8)) # the sine of a sum
+    shades = Image.merge('HSV', [Image.new('L', (256, 1), int(hue)), Image.new('L', (256, 1), 180), Image.fromarray(np.arange(256, dtype=np.uint8)[None])]).convert('RGB')
+    paint = Image.merge('RGB', [wave.point(list(c.tobytes())) for c in shades.split()])
     r, cx, cy, turn = small*rng.uniform(0.25, 0.45), w*rng.uniform(0.3, 0.7), h*rng.uniform(0.3, 0.7), rng.uniform(0, 2*math.pi)
     mask = Image.new('L', size)
     ImageDraw.Draw(mask).polygon([(cx + r*math.cos(turn + 2*math.pi*k/corners), cy + r*math.sin(turn + 2*math.pi*k/corners)) for k in range(corners)], fill=255)
@@ -1050,13 +1052,17 @@ class DrawnClass(Dataset):
         return self.counts[part][1]
 
 # %% ../nbs/09_data.ipynb #7c1d52e4
+def usable_cores()->int: # at least 1
+    "Cores that this process may use: fewer than the machine has, where a scheduler or `taskset` says so."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 def draw_imagenet_like(folder, # does not exist yet
                        classes:int=1000, # how many
                        per_class:int=20, # training pictures of each
                        val_per_class:int=2, # validation pictures of each
                        sides:tuple[int, int]=(400, 500), # smallest and largest longer side, in pixels
                        seed:int=0, # another seed, other pictures
-                       workers:int|None=None, # processes that draw; none: one per core
+                       workers:int|None=None, # processes that draw; none: one per core that this process may use
                        )->Path: # the folder, with `train/` and `val/`
     "Draws an image folder of ImageNet's shape. Raises `UserError`; the folder is complete or not there."
     folder = Path(folder)
@@ -1067,7 +1073,7 @@ def draw_imagenet_like(folder, # does not exist yet
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as tmp:
             job = DrawnClass(Path(tmp)/'drawn', dict(train=(classes, per_class), val=(classes, val_per_class)), tuple(sides), seed)
-            for _ in tqdm(DataLoader(job, None, num_workers=(os.cpu_count() or 1) if workers is None else workers), f'drawing {folder}', disable=None): pass
+            for _ in tqdm(DataLoader(job, None, num_workers=usable_cores() if workers is None else workers), f'drawing {folder}', disable=None): pass
             os.rename(Path(tmp)/'drawn', folder)
     except OSError as e: raise UserError(f'cannot write {folder}: {e.strerror or e}') from e
     return folder
@@ -1110,4 +1116,4 @@ def shards_cli(argv:list[str]|None=None): # arguments; none: what the user typed
 def draw_cli(argv:list[str]|None=None): # arguments; none: what the user typed
     "Draws an image folder of ImageNet's shape, to measure the speed of a pipeline with."
     tool_cli('groupmamba_draw', draw_cli.__doc__, draw_imagenet_like, dict(folder=(str, 'folder to make'), classes=(1000, 'how many'), per_class=(20, 'training pictures of each'),
-        val_per_class=(2, 'validation pictures of each'), seed=(0, 'another seed, other pictures'), workers=(os.cpu_count() or 1, 'processes that draw')), argv)
+        val_per_class=(2, 'validation pictures of each'), seed=(0, 'another seed, other pictures'), workers=(usable_cores(), 'processes that draw')), argv)
