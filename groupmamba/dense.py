@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHAPES', 'PHOTOS', 'need', 'Pyramid', 'make_backbone', 'backbone_state', 'load_backbone', 'polygon', 'photographs',
            'photo_piece', 'texture', 'place_shape', 'draw_scene', 'scene_objects', 'DrawnScene', 'write_scenes',
-           'scenes_folder', 'DenseData', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions', 'data_folder',
-           'gpu_wanted', 'DenseTask', 'Spared', 'Uncast', 'load_dense', 'palette', 'tensor_of', 'draw_pairs', 'verbs',
-           'task_command']
+           'scenes_folder', 'DenseData', 'Place', 'Packed', 'pack', 'dense_loader', 'SceneOptions', 'BackboneOptions',
+           'data_folder', 'gpu_wanted', 'DenseTask', 'Spared', 'own_gpu', 'Uncast', 'load_dense', 'palette',
+           'tensor_of', 'draw_pairs', 'verbs', 'task_command']
 
 # %% ../nbs/12_dense.ipynb #d05ff074
 import colorsys, json, os, tempfile
@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
+from lightning_utilities.core.apply_func import apply_to_collection
 from pathlib import Path
 from PIL import Image
 from timm.layers import LayerNorm2d
@@ -274,12 +275,44 @@ class DenseData(ImageData):
         image, target, notes = super().fetch(i + self.epoch*self.length if self.length else i)
         return image, target, notes
 
+# %% ../nbs/12_dense.ipynb #5e90b2d8
+@dataclass(frozen=True)
+class Place:
+    "Where a tensor was: the `number`-th of its type."
+    kind:torch.dtype
+    number:int
+
+class Packed:
+    "A list of tensors, or of dictionaries of them, as one row of numbers per type; `to(device)` moves the rows and gives the list back."
+    def __init__(self,
+        items:list, # of one entry per picture
+    ):
+        found = {}
+        def note(t):
+            found.setdefault(t.dtype, []).append(t)
+            return Place(t.dtype, len(found[t.dtype]) - 1)
+        self.plan = [apply_to_collection(item, Tensor, note) for item in items]
+        self.shapes = {k: [t.shape for t in tensors] for k, tensors in found.items()}
+        self.rows = {k: torch.cat([t.flatten() for t in tensors]) for k, tensors in found.items()}
+    def __len__(self): return len(self.plan)
+
+    def pin_memory(self, device=None):
+        "For a `DataLoader`: now in memory from which a GPU copies while it computes."
+        self.rows = {k: row.pin_memory() for k, row in self.rows.items()}
+        return self
+
+    def to(self, device)->list: # what went in, on the device
+        cut = lambda row, shapes: [part.view(s) for part, s in zip(row.to(device, non_blocking=True).split([s.numel() for s in shapes]), shapes)]
+        tensors = {k: cut(row, self.shapes[k]) for k, row in self.rows.items()}
+        return [apply_to_collection(item, Place, lambda p: tensors[p.kind][p.number]) for item in self.plan]
+
+
 # %% ../nbs/12_dense.ipynb #87fb6b6c
 def pack(samples:list[tuple], # from `DenseData.fetch`
          )->tuple: # pictures, answers, notes, number of samples that could not be read
-    "A batch as two lists."
+    "A batch as two `Packed` lists."
     good = [(image, target) for image, target, _ in samples if image is not None]
-    return [i for i, _ in good], [t for _, t in good], [n for *_, notes in samples for n in notes], len(samples) - len(good)
+    return Packed([i for i, _ in good]), Packed([t for _, t in good]), [n for *_, notes in samples for n in notes], len(samples) - len(good)
 
 def dense_loader(data:DenseData, # pictures
                  batch_size:int, # pictures per batch of this process
@@ -355,6 +388,13 @@ class Spared:
         spared = self.find_pyramid().no_weight_decay()
         return {k for k, _ in self.named_parameters() if k.rsplit('.', 1)[-1] in spared}
     def set_grad_checkpointing(self, enable:bool=True): self.find_pyramid().set_grad_checkpointing(enable)
+
+# %% ../nbs/12_dense.ipynb #d4e8310b
+def own_gpu(i:int, # number of the process
+            )->dict: # environment for it
+    "Process `i` sees one of the GPUs that this process sees, in turn, and computes with one CPU thread."
+    gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+    return os.environ | dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)], OMP_NUM_THREADS='1')
 
 # %% ../nbs/12_dense.ipynb #a961e587
 class Uncast:

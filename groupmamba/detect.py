@@ -97,13 +97,17 @@ def mask_rcnn(
     norm:str='none', # in FPN and mask head: 'none', 'group' or 'batch'
     anchor:int=32, # side of the smallest anchor, in pixels of the resized picture
     rois:int=512, # regions of a picture that the heads learn from in a step
+    proposals:int=2000, # boxes of each level, and then of a picture, that the RPN hands on in training; half as many in evaluation
+    objects:int=100, # the most that is found in a picture
+    pad:int=32, # heights and widths of a batch are filled up to a multiple of this
     drop_path:float=0., # stochastic depth of the backbone
     backbone:str|None=None, # checkpoint of a classifier to start from
 )->GroupMaskRCNN: # `model(images, targets)` in training gives losses by name, `model(images)` in evaluation a dictionary per image
     "Mask R-CNN (§4.2) on any backbone. Raises `UserError` for an unknown backbone, `ValueError` for an unknown norm."
     if norm not in NORMS: raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
     fpn = PyramidFPN(Pyramid(name, drop_path, backbone), channels, norm)
-    return GroupMaskRCNN(fpn, num_classes, norm, anchor, rois, min_size=short_side, max_size=long_side)
+    few = dict.fromkeys(('rpn_pre_nms_top_n_train', 'rpn_post_nms_top_n_train'), proposals) | dict.fromkeys(('rpn_pre_nms_top_n_test', 'rpn_post_nms_top_n_test'), proposals//2)
+    return GroupMaskRCNN(fpn, num_classes, norm, anchor, rois, min_size=short_side, max_size=long_side, size_divisible=pad, box_detections_per_img=objects, **few)
 
 # %% ../nbs/12b_detect.ipynb #498854b7
 @torch.no_grad()
@@ -283,6 +287,9 @@ class DetectModelOptions(BackboneOptions):
     norm:str = option('none', 'in FPN and mask head', choices=tuple(NORMS))
     anchor:int = option(32, 'side of the smallest anchor, in pixels of the resized picture', lo=4)
     rois:int = option(512, 'regions of a picture that the heads learn from in a step', lo=8)
+    proposals:int = option(2000, 'boxes of each level, and then of a picture, that the region proposal network hands on in training; half as many in evaluation', lo=2)
+    objects:int = option(100, 'the most that is found in a picture', lo=1)
+    pad:int = option(32, 'heights and widths of a batch are filled up to a multiple of this', lo=32)
 
 @dataclass(frozen=True, kw_only=True)
 class DetectOptim(StepOptions):
@@ -342,7 +349,7 @@ class DetectTask(DenseTask):
         return readers
     def views(self, cfg): return DetectView(True, cfg.hflip), DetectView(False)
     def model_args(self, cfg, n):
-        same = 'short_side', 'long_side', 'channels', 'norm', 'anchor', 'rois', 'drop_path'
+        same = 'short_side', 'long_side', 'channels', 'norm', 'anchor', 'rois', 'proposals', 'objects', 'pad', 'drop_path'
         return {k: getattr(cfg, k) for k in same} | dict(name=cfg.model, num_classes=n)
     def build(self, args, backbone): return mask_rcnn(**args, backbone=backbone)
     def ready(self, run):
