@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Views', 'stability_views', 'stability_config', 'stability_teacher', 'StudentOptions', 'Setting', 'forget',
-           'student', 'rates', 'image_order', 'is_ssm', 'Prepared', 'Trial', 'side_by_side', 'replay', 'Outcome',
+           'student', 'rates', 'image_order', 'is_ssm', 'Prepared', 'Trial', 'record', 'replay', 'Outcome',
            'run_trials', 'relapse', 'measures', 'stability_search', 'stability_run', 'spread', 'stability_table',
            'stability_verdict', 'stability_figure']
 
 # %% ../nbs/14d_stability.ipynb #69e5a931
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -226,29 +227,30 @@ class Trial(Prepared):
         return torch.cat(hits).double().mean().item()
 
 # %% ../nbs/14d_stability.ipynb #53ba3022
-def side_by_side(
-    trials:Sequence[Trial], # all move on by one step
-    streams:Sequence, # one CUDA stream each
-):
-    "One step of every trial, each on its stream; the current stream waits for all."
-    here = torch.cuda.current_stream()
-    for trial, stream in zip(trials, streams):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream): trial.step()
-    for stream in streams: here.wait_stream(stream)
+def record(
+    trial, # on CUDA, freshly made
+    stream, # a CUDA stream of its own
+    first:int=2, # steps done in the ordinary way, so that kernels are built and buffers made
+): # the graph
+    "The next step of a trial as a CUDA graph."
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(first): trial.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream): trial.step()
+    return graph
 
 def replay(
     trials:Sequence[Trial], # on CUDA, freshly made, with the same number of steps
-    first:int=3, # steps done in the ordinary way, so that kernels are built and buffers made
+    first:int=2, # steps done in the ordinary way
 ):
-    "Run trials to their end as replays of one CUDA graph."
+    "Run trials to their end as replays of their graphs, side by side."
     streams = [torch.cuda.Stream() for _ in trials]
-    torch.cuda.synchronize()
-    for _ in range(first): side_by_side(trials, streams)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): side_by_side(trials, streams)
-    for _ in range(trials[0].setting.steps - first): graph.replay()
+    graphs = [record(trial, stream, first) for trial, stream in zip(trials, streams)]
+    for _ in range(trials[0].setting.steps - first):
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream): graph.replay()
     torch.cuda.synchronize()
 
 # %% ../nbs/14d_stability.ipynb #e034fc2e
@@ -263,13 +265,14 @@ class Outcome(NamedTuple):
 def run_trials(
     trials:Iterable[Trial], # may be made as they are asked for; all with the same number of steps
     together:int=12, # how many a GPU is given at once
-)->list: # `Outcome`s
+    limit:float=math.inf, # seconds after which no more are begun
+)->list: # `Outcome`s of those that were
     "Run trials to their end. Raises `ValueError` when they differ in steps."
-    trials, outcomes = iter(trials), []
-    while chunk := list(islice(trials, together)):
+    trials, outcomes, begun = iter(trials), [], time.monotonic()
+    while time.monotonic() - begun < limit and (chunk := list(islice(trials, together))):
         steps = sorted({t.setting.steps for t in chunk})
         if len(steps) > 1: raise ValueError(f"trials must have the same number of steps, got {steps}")
-        if chunk[0].device.type == 'cuda' and steps[0] > 3: replay(chunk)
+        if chunk[0].device.type == 'cuda' and steps[0] > 2: replay(chunk)
         else:
             for trial in chunk:
                 for _ in range(steps[0]): trial.step()
@@ -305,10 +308,11 @@ def stability_search(
     views:Views, # images
     seeds:Sequence[int]=range(3), # of each
     together:int=12, # as in `run_trials`
-)->dict: # name: list of `Outcome`
+    limit:float=math.inf, # likewise
+)->dict: # name: list of `Outcome`; only changes of which all seeds were run
     "Runs of the arm `labels` under every change."
-    outcomes = run_trials((Trial(replace(base, **c), 'labels', seed, views) for c in changes.values() for seed in seeds), together)
-    return {name: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, name in enumerate(changes)}
+    outcomes = run_trials((Trial(replace(base, **c), 'labels', seed, views) for c in changes.values() for seed in seeds), together, limit)
+    return {name: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, name in enumerate(changes) if (i + 1)*len(seeds) <= len(outcomes)}
 
 def stability_run(
     setting:Setting, # under which all arms run
@@ -317,10 +321,11 @@ def stability_run(
     arms:Sequence[str]=ARMS, # who teaches
     seeds:Sequence[int]=range(5), # each arm runs with each
     together:int=12, # as in `run_trials`
-)->dict: # arm: list of `Outcome`, in the order of the seeds
+    limit:float=math.inf, # likewise
+)->dict: # arm: list of `Outcome`, in the order of the seeds; only seeds that all arms were run with
     "Fig. 5: the arms under one setting, with the same first weights and images for the same seed."
-    outcomes = run_trials((Trial(setting, arm, seed, views, teacher) for arm in arms for seed in seeds), together)
-    return {arm: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, arm in enumerate(arms)}
+    outcomes = run_trials((Trial(setting, arm, seed, views, teacher) for seed in seeds for arm in arms), together, limit)
+    return {arm: outcomes[i::len(arms)][:len(outcomes)//len(arms)] for i, arm in enumerate(arms)}
 
 # %% ../nbs/14d_stability.ipynb #06f66080
 def spread(
