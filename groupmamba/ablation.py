@@ -405,7 +405,7 @@ def run_beside(
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_take_gpu, initargs=(spawn.Value('i'), visible_gpus()))
     try:
         while waiting or going:
-            for call in [c for c in waiting if ready(c)]: waiting.remove(call); going[pool.submit(*call)] = call
+            for call in [c for c in waiting if ready(c)][:max(0, 2*jobs - len(going))]: waiting.remove(call); going[pool.submit(*call)] = call
             if not going: yield from ((call, UserError('what it needs has failed')) for call in waiting); return
             ended = wait(going, None if until == math.inf else max(0, until - time.monotonic()), FIRST_COMPLETED)[0]
             if not ended: break
@@ -415,8 +415,8 @@ def run_beside(
         yield from ((call, TimeoutError('not finished in time')) for call in [*going.values(), *waiting])
     finally:
         pool.shutdown(wait=not going, cancel_futures=True)
-        if going:
-            for p in set(active_children()) - others: p.terminate()
+        if going:                                                  # a politely asked trainer would save, and its process take the next call
+            for p in set(active_children()) - others: p.kill()
 
 # %% ../nbs/14_ablation.ipynb #a14learnall
 def lesson_calls(todo, out, views, epochs):
