@@ -13,7 +13,7 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
-import io, math, os, shutil, statistics, time, warnings
+import gc, io, math, os, shutil, statistics, time, warnings
 import numpy as np
 import timm, torch
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -319,13 +319,18 @@ class Bank:
             yield (views[i].float()/255 - self.mean)/self.std, self.labels[i]
 
 # %% ../nbs/14_ablation.ipynb #a14rec
-def record(run):
+def record(
+    run, # of `setup`, on CUDA, in bf16-mixed
+):
     "Forward and backward of a run's model, in training, become two CUDA graphs."
+    gc.collect(); torch.cuda.empty_cache()                         # the graphs of the lesson before
     model, cfg, device = run.inner, run.cfg, run.fabric.device
     images = torch.randn(cfg.batch_size, 3, cfg.img_size, cfg.img_size, device=device)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}   # recording moves the running means
-    with torch.random.fork_rng([device]), torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
-        torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
+    kept, plain = {k: v.clone() for k, v in model.state_dict().items()}, model.forward   # recording moves the running means
+    def half(x):
+        with torch.autocast('cuda', torch.bfloat16, cache_enabled=False): return plain(x)
+    model.forward = half                                           # the backward pass is recorded outside of autocast, as it is run
+    with torch.random.fork_rng([device]): torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
     model.load_state_dict(kept)
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
