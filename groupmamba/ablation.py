@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROUPS', 'PAPER6', 'WIDE', 'WIDE_EQ3', 'TABLE5',
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
-           'known', 'create', 'Count', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded', 'images_per_s',
-           'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record', 'teacher_file',
-           'learn', 'read_runs', 'wanted', 'visible_gpus', 'run_beside', 'lesson_calls', 'learn_all', 'run_here',
-           'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1',
-           'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1',
-           'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
+           'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded',
+           'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
+           'teacher_file', 'learn', 'read_runs', 'wanted', 'visible_gpus', 'run_beside', 'lesson_calls', 'learn_all',
+           'run_here', 'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns',
+           'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods',
+           'draw_figure1', 'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
-import gc, io, math, os, shutil, statistics, time, warnings
+import gc, io, logging, math, os, shutil, statistics, time, warnings
 import numpy as np
 import timm, torch
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from PIL import Image
 from timm.models import register_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +34,7 @@ from .core import TABLE6
 from .data import Options, UserError, cache_dir, make_dataset, open_data, option, read_table
 from .grouped import EIGHT
 from .released import SIZES
-from .train import fit, make_config, make_parser, replacing, run_cli, setup, write_csv
+from .train import die_with_parent, fit, make_config, make_parser, replacing, run_cli, setup, write_csv
 
 # %% ../nbs/14_ablation.ipynb #a14variants
 VARIANTS = {  # constructor options of GroupMamba and GroupMambaReleased; the order of Fig. 4, Table 4, §8, Table 5
@@ -91,9 +92,18 @@ class Count:
     macs:float # billions of multiply-adds, without the scan's
     scan:float # billions of multiply-adds of the selective scans
 
+def on_meta(
+    make, # builds a model
+)->torch.nn.Module: # without numbers
+    "What `make` builds, on the meta device; by way of the CPU where it asks a tensor for its values, as timm's RegNet may."
+    with torch.device('meta'):
+        try: return make()
+        except NotImplementedError: pass
+    return make().to('meta')
+
 @lru_cache(256)
 def _count(model, size, options):
-    with torch.device('meta'): net, x = create(model, **dict(options)).eval(), torch.empty(1, 3, size, size)
+    net, x = on_meta(lambda: create(model, **dict(options)).eval()), torch.empty(1, 3, size, size, device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(x)
     flops = {str(k): v/2e9 for k, v in counter.get_flop_counts()['Global'].items()}
     scan = sum(v for k, v in flops.items() if k.startswith('groupmamba'))
@@ -285,13 +295,13 @@ def view_file(folder, seed, epoch): return Path(folder)/f'views-{seed}-{epoch}.n
 def see(
     study:str, # key of `STUDIES`
     seed:int, # of the split and the views
-    epoch:int, # counted from 0
+    epoch:int|str, # counted from 0, or 'val': the images that are measured on
     folder:str|Path, # where they are kept
 ):
-    "Make and keep the training views of one epoch as bytes (n, 1 or 3, H, W); one channel where all are alike."
-    cfg = STUDIES[study].config(seed=seed)
-    data = make_dataset(cfg, open_data(cfg, seed)[0], True, seed=seed)
-    data.epoch = epoch
+    "Make and keep the views of one epoch as bytes (n, 1 or 3, H, W); one channel where all are alike."
+    cfg, val = STUDIES[study].config(seed=seed), epoch == 'val'
+    data = make_dataset(cfg, open_data(cfg, seed)[val], not val, seed=seed)
+    if not val: data.epoch = epoch
     views = torch.stack([data[i][0] for i in range(len(data))])
     mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.mean, cfg.std))
     pixels = ((views*std + mean)*255).round().byte()
@@ -300,14 +310,14 @@ def see(
     with replacing(view_file(folder, seed, epoch)) as temporary, open(temporary, 'wb') as f: np.save(f, pixels.numpy())
 
 class Bank:
-    "Batches as the loader of a run makes them, from views that were made before."
+    "Batches as a loader of a run makes them, from views that were made before."
     def __init__(self,
+        loader, # whose place it takes
+        files:list, # of `see`, an epoch each
         run, # of `setup`
-        folder:str|Path, # of `see`
     ):
-        self.loader, device = run.train_loader, run.fabric.device
-        self.sampler, self.dataset, self.batch_size = self.loader.sampler, self.loader.dataset, self.loader.batch_size
-        files = sorted(Path(folder).glob(f'views-{run.cfg.seed}-*.npy'), key=lambda f: int(f.stem.split('-')[-1]))
+        self.loader, device = loader, run.fabric.device
+        self.sampler, self.dataset, self.batch_size = loader.sampler, loader.dataset, loader.batch_size
         self.views = torch.stack([torch.from_numpy(np.load(f)) for f in files]).to(device)
         self.labels = torch.as_tensor(np.asarray(self.dataset.reader.targets)).long().to(device)
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (run.cfg.mean, run.cfg.std))
@@ -321,7 +331,7 @@ class Bank:
 # %% ../nbs/14_ablation.ipynb #a14rec
 def record(
     run, # of `setup`, on CUDA, in bf16-mixed
-):
+)->str: # ', recorded', or nothing where that cannot be done
     "Forward and backward of a run's model, in training, become two CUDA graphs."
     gc.collect(); torch.cuda.empty_cache()                         # the graphs of the lesson before
     model, cfg, device = run.inner, run.cfg, run.fabric.device
@@ -330,8 +340,11 @@ def record(
     def half(x):
         with torch.autocast('cuda', torch.bfloat16, cache_enabled=False): return plain(x)
     model.forward = half                                           # the backward pass is recorded outside of autocast, as it is run
-    with torch.random.fork_rng([device]): torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
-    model.load_state_dict(kept)
+    try:
+        with torch.random.fork_rng([device]): torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
+        return ', recorded'
+    except RuntimeError: model.forward = plain; return ''          # something in it waits for the GPU
+    finally: model.load_state_dict(kept)
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
 def teacher_file(out:Path, study:str, seed:int)->Path: return Path(out)/f'teacher-{study}-{seed}.pt'
@@ -351,8 +364,11 @@ def learn(
     epochs = (plan.recipe | options)['epochs']
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = setup(plan.config(**options, stop_after=epochs - 1, out=folder))
-        if views: run.train_loader = Bank(run, views)
-        if run.fabric.device.type == 'cuda': record(run)
+        if views:
+            run.train_loader = Bank(run.train_loader, [view_file(views, seed, e) for e in range(plan.recipe['epochs'])], run)
+            run.val_loader = Bank(run.val_loader, [view_file(views, seed, 'val')], run)
+        device = run.fabric.device.type
+        if device == 'cuda': device += record(run)
         glance = list(run.val_loader)
         for run.val_loader in glance[:1], glance:                  # up to the last epoch a glance will do; only that one counts
             if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
@@ -363,7 +379,7 @@ def learn(
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
     return dict(study=study, lesson=lesson, seed=seed, model=model, params=round(c.params, 4), mmacs=round(c.macs*1e3, 3),
                 top1=round(100*last['val_top1'], 3), train_loss=round(last['train_loss'], 4), epochs=run.epoch,
-                seconds=round(sum(r['seconds'] for r in run.history), 1), device=run.fabric.device.type)
+                seconds=round(sum(r['seconds'] for r in run.history), 1), device=device)
 
 # %% ../nbs/14_ablation.ipynb #a14runs
 def read_runs(
@@ -396,7 +412,8 @@ def visible_gpus()->list[str]: # as CUDA_VISIBLE_DEVICES names them
 def _take_gpu(counter, gpus): # the first thing that a new process does
     with counter.get_lock(): i = counter.value; counter.value += 1
     if gpus: os.environ['CUDA_VISIBLE_DEVICES'] = gpus[i % len(gpus)]
-    warnings.simplefilter('ignore')                                # they would be printed once a process
+    warnings.simplefilter('ignore'); logging.disable(logging.WARNING)   # they would be printed once a process
+    die_with_parent()
 
 def run_beside(
     calls:list[tuple], # function and arguments; a function that a module has, since another process cannot find a notebook's
@@ -427,12 +444,13 @@ def run_beside(
 def lesson_calls(todo, out, views, epochs):
     "The calls of `learn`, those of `see` that they need before, and which may begin."
     from groupmamba import ablation                                # by its name: what a notebook defines, another process cannot find
-    looks = [(ablation.see, study, seed, e, views) for study, seed in dict.fromkeys((t[0], t[2]) for t in todo) for e in range(epochs)]
+    looks = [(ablation.see, study, seed, e, views) for study, seed in dict.fromkeys((t[0], t[2]) for t in todo)
+             for e in ([*range(epochs), 'val'] if epochs else [])]
     def ready(call):
         if call[0] is ablation.see: return True
         _, study, lesson, seed, *_ = call
         taught = LESSONS.get(lesson, ('', 'none'))[1] == 'none' or teacher_file(out, study, seed).exists()
-        return taught and all(view_file(views, seed, e).exists() for e in range(epochs))
+        return taught and all(view_file(*c[-1:], *c[2:4]).exists() for c in looks if c[2] == seed)
     return looks + [(ablation.learn, *job, out, views if epochs else None) for job in todo], ready
 
 def learn_all(
@@ -441,7 +459,7 @@ def learn_all(
     jobs:int=0, # processes; 0: this one
     until:float=math.inf, # as in `run_beside`; not for this process
 )->dict: # all finished runs, as `read_runs`
-    "Run them; every finished run is kept at once. Raises `UserError` if some failed, after the others are done."
+    "Run them; every finished run is kept at once. Without `until` it raises `UserError` if some failed, after the others are done."
     done, failed, late, out = read_runs(out), [], [], Path(out)
     for job, result in run_here(todo, out) if jobs == 0 else learn_beside(todo, out, jobs, until):
         if isinstance(result, TimeoutError): late.append(f'{job[1]} {job[2]}')
@@ -453,7 +471,7 @@ def learn_all(
             write_csv(out/'runs.csv', list(done.values()))
             if jobs: print('{lesson:12} seed {seed}   top-1 {top1:6.2f}%   {seconds:5.0f} s'.format(**result), flush=True)
     if late: print('not finished in time:', ', '.join(late))
-    if failed: raise UserError('; '.join(failed))
+    if failed and until == math.inf: raise UserError('; '.join(failed))
     return done
 
 def run_here(todo, out):
@@ -718,7 +736,9 @@ def ablate(
     lessons = list(dict.fromkeys(k for w in cfg.wishes() for k in lessons_of(w)))
     todo = wanted(study, lessons, cfg.seeds or seeds, read_runs(out))
     if todo: image_folder(STUDIES[study].images)                   # before several processes want it
-    lab, made = Lab(study, out, learn_all(todo, out, jobs if cfg.jobs is None else cfg.jobs, until[0]), cfg.full, until[1]), {}
+    jobs = jobs if cfg.jobs is None else cfg.jobs
+    if jobs: Thread(target=lambda: [table(w, Lab(study, out, {}, False)) for w in cfg.wishes()], daemon=True).start()   # counts, while others learn
+    lab, made = Lab(study, out, learn_all(todo, out, jobs, until[0]), cfg.full, until[1]), {}
     for what in cfg.wishes():
         made[what] = rows = table(what, lab)
         name = what.replace(' ', '-') if ' ' in what else f'table-{what}'

@@ -26,7 +26,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from einops.layers.torch import Rearrange
-from .ablation import recorded
+from .ablation import on_meta, recorded
 from .bench import Row as Timing, device_text, middle, step_times
 from .core import Downsample, DropPath, TimmHooks, check_images, model_cfg
 from .grouped import FOUR, check_directions, directional_scan, from_phases, to_map, to_phases, to_sequences
@@ -418,7 +418,7 @@ def cost(
     "Count a model of Table 1 on the meta device, where tensors have shapes and no numbers."
     size = TABLE1[name].size if img_size is None else img_size
     h, w = (size, size) if isinstance(size, int) else size
-    with torch.device('meta'): model, x = create_peer(name, img_size=(h, w)).eval(), torch.empty(1, 3, h, w)
+    model, x = on_meta(lambda: create_peer(name, img_size=(h, w)).eval()), torch.empty(1, 3, h, w, device='meta')
     rules = {torch.ops.aten.native_layer_norm: _norm_ops, torch.ops.groupmamba.scan: _scan_ops}
     with FlopCounterMode(display=False, custom_mapping=rules) as counter, torch.no_grad(): model(x)
     ops = {str(k): n/2e9 for k, n in counter.get_flop_counts()['Global'].items()}

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['ARMS', 'Views', 'stability_views', 'stability_config', 'stability_teacher', 'StudentOptions', 'Setting', 'forget',
            'student', 'rates', 'image_order', 'is_ssm', 'Prepared', 'Trial', 'record', 'replay', 'Outcome',
-           'run_trials', 'relapse', 'measures', 'stability_search', 'stability_run', 'spread', 'stability_table',
-           'stability_verdict', 'stability_figure']
+           'run_trials', 'run_kept', 'run_groups', 'relapse', 'measures', 'stability_search', 'stability_run', 'spread',
+           'stability_table', 'stability_verdict', 'stability_figure']
 
 # %% ../nbs/14d_stability.ipynb #69e5a931
 import math
+import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from .ablation import full_jobs, run_beside
 from .core import GroupMamba
 from .data import Options, UserError, make_dataset, make_loader, open_data, option, set_epoch
 from .distill import DistillLoss, Teacher, base_loss, make_teacher
@@ -263,21 +266,55 @@ class Outcome(NamedTuple):
     accuracy:float # on the validation images
 
 def run_trials(
-    trials:Iterable[Trial], # may be made as they are asked for; all with the same number of steps
-    together:int=12, # how many a GPU is given at once
-    limit:float=math.inf, # seconds after which no more are begun
-)->list: # `Outcome`s of those that were
-    "Run trials to their end. Raises `ValueError` when they differ in steps."
-    trials, outcomes, begun = iter(trials), [], time.monotonic()
-    while time.monotonic() - begun < limit and (chunk := list(islice(trials, together))):
-        steps = sorted({t.setting.steps for t in chunk})
-        if len(steps) > 1: raise ValueError(f"trials must have the same number of steps, got {steps}")
-        if chunk[0].device.type == 'cuda' and steps[0] > 2: replay(chunk)
-        else:
-            for trial in chunk:
-                for _ in range(steps[0]): trial.step()
-        outcomes += [Outcome(t.setting, t.arm, t.seed, t.log.double().cpu().numpy(), t.accuracy()) for t in chunk]
-    return outcomes
+    trials:Iterable[Trial], # all with the same number of steps
+)->list: # `Outcome`s
+    "Run trials to their end, on a GPU at once. Raises `ValueError` when they differ in steps."
+    trials = list(trials)
+    steps = sorted({t.setting.steps for t in trials})
+    if len(steps) > 1: raise ValueError(f"trials must have the same number of steps, got {steps}")
+    if trials[0].device.type == 'cuda' and steps[0] > 2: replay(trials)
+    else:
+        for trial in trials:
+            for _ in range(steps[0]): trial.step()
+    return [Outcome(t.setting, t.arm, t.seed, t.log.double().cpu().numpy(), t.accuracy()) for t in trials]
+
+# %% ../nbs/14d_stability.ipynb #14dspread1
+@lru_cache(1)
+def _kept(folder):
+    views, teacher = pickle.loads((Path(folder)/'kept').read_bytes())
+    return Views(*views), teacher
+
+def run_kept(
+    name, # of the group
+    trials:Sequence, # (fields of `Setting`, arm, seed) of each
+    folder:str, # with the views and the teacher
+)->list: # `Outcome`s
+    "A group of trials in a process of its own."
+    views, teacher = _kept(folder)
+    return run_trials([Trial(Setting(**s), arm, seed, views, teacher) for s, arm, seed in trials])
+
+def run_groups(
+    groups:Mapping, # name: list of (setting, arm, seed), which are run at once
+    views:Views, # images
+    teacher:Teacher|None=None, # for the arm `teacher`
+    jobs:int|None=None, # processes; 0: this one; None: 0 on a CPU, else `full_jobs`
+    limit:float=math.inf, # seconds after which the groups that are not done are left out
+)->dict: # name: list of `Outcome`
+    "Run groups of trials. Raises what a trial raised."
+    from groupmamba.stability import run_kept                      # another process cannot find what a notebook defines
+    begun, done = time.monotonic(), {}
+    if jobs is None: jobs = full_jobs() if views.train.is_cuda else 0
+    if jobs == 0:
+        for name, trials in groups.items():
+            if time.monotonic() - begun < limit: done[name] = run_trials([Trial(*t, views, teacher) for t in trials])
+        return done
+    with TemporaryDirectory() as folder:
+        (Path(folder)/'kept').write_bytes(pickle.dumps((tuple(views), teacher)))
+        calls = [(run_kept, name, [(asdict(s), arm, seed) for s, arm, seed in trials], folder) for name, trials in groups.items()]
+        for (_, name, *_), result in run_beside(calls, jobs, until=begun + limit):
+            if isinstance(result, Exception) and not isinstance(result, TimeoutError): raise result
+            if not isinstance(result, Exception): done[name] = result
+    return {name: done[name] for name in groups if name in done}
 
 # %% ../nbs/14d_stability.ipynb #1da7a8b0
 def relapse(
@@ -307,12 +344,10 @@ def stability_search(
     changes:Mapping, # name: {field of `Setting`: value}
     views:Views, # images
     seeds:Sequence[int]=range(3), # of each
-    together:int=12, # as in `run_trials`
-    limit:float=math.inf, # likewise
-)->dict: # name: list of `Outcome`; only changes of which all seeds were run
+    **options, # of `run_groups`: jobs, limit
+)->dict: # name: list of `Outcome`
     "Runs of the arm `labels` under every change."
-    outcomes = run_trials((Trial(replace(base, **c), 'labels', seed, views) for c in changes.values() for seed in seeds), together, limit)
-    return {name: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, name in enumerate(changes) if (i + 1)*len(seeds) <= len(outcomes)}
+    return run_groups({name: [(replace(base, **c), 'labels', seed) for seed in seeds] for name, c in changes.items()}, views, **options)
 
 def stability_run(
     setting:Setting, # under which all arms run
@@ -320,12 +355,11 @@ def stability_run(
     teacher:Teacher|None=None, # for the arm `teacher`
     arms:Sequence[str]=ARMS, # who teaches
     seeds:Sequence[int]=range(5), # each arm runs with each
-    together:int=12, # as in `run_trials`
-    limit:float=math.inf, # likewise
-)->dict: # arm: list of `Outcome`, in the order of the seeds; only seeds that all arms were run with
+    **options, # of `run_groups`: jobs, limit
+)->dict: # arm: list of `Outcome`, in the order of the seeds
     "Fig. 5: the arms under one setting, with the same first weights and images for the same seed."
-    outcomes = run_trials((Trial(setting, arm, seed, views, teacher) for seed in seeds for arm in arms), together, limit)
-    return {arm: outcomes[i::len(arms)][:len(outcomes)//len(arms)] for i, arm in enumerate(arms)}
+    done = run_groups({seed: [(setting, arm, seed) for arm in arms] for seed in seeds}, views, teacher, **options)
+    return {arm: [outcomes[i] for outcomes in done.values()] for i, arm in enumerate(arms)}
 
 # %% ../nbs/14d_stability.ipynb #06f66080
 def spread(
