@@ -111,6 +111,8 @@ def _taken(flat, params, unit, wide, dims):
     return out
 
 # %% ../nbs/02c_blocks.ipynb #02c00021
+_MM_WIDENS = hasattr(torch.ops.aten.mm, 'dtype_out')              # a product of 16 bits with a result of 32: torch 2.8
+
 PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
     gemm=lambda m, n, k: ((128, 64, 64, 4, 3) if n <= 64 else (64, 128, 64, 4, 3) if n <= 128 or m < 8192 else
                           (64, 128, 64, 8, 3) if k < 512 else (128, 128, 64, 4, 3)),
@@ -122,6 +124,7 @@ PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
     out_back=lambda c, l: (32, 4),
     mix_back=lambda c, l: (32, 4),
     in_back=lambda c, l: (128, 8, 4) if c <= 64 else (64, 4, 1) if l >= 64 else (32, 4, 1),   # and groups a program
+    wgrad_whole=lambda n, k: min(n, k) >= 256 and _MM_WIDENS,
     wgrad=lambda n, k: (128, min(64, _p2(n)), min(64, _p2(k)), 4, 3) if min(n, k) <= 64 else (64, min(128, _p2(n)), min(128, _p2(k)), 4, 3),
     norm=lambda c: (32, 4) if c <= 128 else (4, 2),
     norm_back=lambda c: (16, 2) if c <= 128 else (2, 2))
@@ -532,10 +535,32 @@ def _rows_wgrad(dy, a, shares, M, rows, sdy, sa, N: tl.constexpr, K: tl.constexp
     if BIAS and tl.program_id(0) % nk == 0: tl.store(shares + tl.num_programs(1)*N*K + n, sums, mask=in_n)
 
 # %% ../nbs/02c_blocks.ipynb #02c00026
+@triton.jit
+def _rows_sum(x, shares, M, N, rows, BM: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr):
+    "Shares of the sums of columns: of `rows` rows each."
+    n, acc = tl.program_id(0)*BN + tl.arange(0, BN), tl.zeros((BM, BN), ST)
+    for i in range(0, rows, BM):
+        m = tl.program_id(1).to(tl.int64)*rows + i + tl.arange(0, BM)
+        acc += tl.load(x + m[:,None]*N + n[None], mask=(m < M)[:,None] & (n < N)[None], other=0).to(ST)
+    tl.store(shares + tl.program_id(1)*N + n, tl.sum(acc, 0), mask=n < N)
+
+def _wgrad_whole(dy, a, bias):
+    "One share, by PyTorch: large products are cuBLAS's."
+    (m, n), k, st = dy.shape, a.shape[1], _state_dtype(a)
+    share, sums = a.new_empty(1, n*k, dtype=st), a.new_empty(_cdiv(m, 128), n, dtype=st)
+    product = share.view(n, k)
+    with _no_autocast(a):
+        if a.is_cuda and a.dtype != st: torch.ops.aten.mm.dtype_out(dy.t(), a, st, out=product)      # 16 bits in, 32 out
+        else: torch.mm(dy.t().to(st), a.to(st), out=product)
+    if not bias: return share
+    with _on(a): _rows_sum[(_cdiv(n, 128), len(sums))](dy, sums, m, n, 128, BM=32, BN=128, ST=_tl(st), num_warps=4)
+    return share, sums
+
 def wgrad(dy, a, bias=False, groups=1, halves=1):
-    """Shares (S, numbers) of dyᵀ a in float32, (N, K), and behind it of the column sums of dy if `bias`.
+    """Shares (S, numbers) of dyᵀ a in float32, (N, K); with `bias` also of the column sums of dy, (S', N).
     Grouped: dy (M, halves·groups·N) and a (M, groups·K) give (groups·halves·N, K)."""
     m, n, k = len(dy), dy.shape[1]//(groups*halves), a.shape[1]//groups
+    if groups == halves == 1 and PLANS['wgrad_whole'](n, k): return _wgrad_whole(dy, a, bias)
     bt, bn, bk, warps, stages = PLANS['wgrad'](n, k)
     tiles, blocks = _cdiv(n, bn)*_cdiv(k, bk), groups*halves
     rows = _cdiv(_cdiv(m, max(1, min(264//(tiles*blocks), m//256))), bt)*bt
@@ -543,7 +568,7 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
     with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](
         dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves,
         BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)
-    return shares
+    return (shares[:,:n*k], shares[:,n*k:]) if bias else shares
 
 # %% ../nbs/02c_blocks.ipynb #02c0011b
 @triton.jit
@@ -683,10 +708,10 @@ def _vector_sums(pid, out, shares, S, size, K, UNIT: tl.constexpr, WIDE: tl.cons
     return _sums(pid, out, shares, S, size, 1, K, out, 1, 1, UNIT, WIDE, False, False, 128, 32, ST)
 
 @triton.jit
-def _tap_sums(pid, out, shares, S, C, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
-    "Of nine taps and the bias, (10, C)."
-    pid, out = _sums(pid, out, shares, S, 10*C, 9, C, out, 1, 1, UNIT, WIDE, True, False, 128, 32, ST)
-    return _vector_sums(pid, out, shares + 9*C, S, 10*C, C, UNIT, WIDE, ST)
+def _tap_sums(pid, out, shares, S, C, ROWS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+    "Of nine taps and the bias, the first of ROWS rows (C,)."
+    pid, out = _sums(pid, out, shares, S, ROWS*C, 9, C, out, 1, 1, UNIT, WIDE, True, False, 128, 32, ST)
+    return _vector_sums(pid, out, shares + 9*C, S, ROWS*C, C, UNIT, WIDE, ST)
 
 # %% ../nbs/02c_blocks.ipynb #02c00148
 @triton.jit
@@ -718,8 +743,8 @@ def _gate_sums(pid, out, h, dh, d, m, B, R, C, ST: tl.constexpr):
 
 # %% ../nbs/02c_blocks.ipynb #02c00149
 @triton.jit
-def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A_log, out, P, B, S_in, S_taps, S_scan, S_out, S_w, C, R,
-    RANK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, db, A_log, out, P, B, S_in, S_taps, S_scan, S_out, S_w, S_b, size_w, size_b, C, R,
+    RANK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, B_in: tl.constexpr, B_out: tl.constexpr, B_w: tl.constexpr, ST: tl.constexpr):
     "The gradients of a mixer's parameters, in their order."
     pid, real = tl.program_id(0), C//WIDE*UNIT
     width, dt = real*(2*RANK + 3*N + 2), scan + real*(RANK + 2*N)
@@ -727,8 +752,8 @@ def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A
     pid, out = _vector_sums(pid, out, norm, P, 2*C, C, UNIT, WIDE, ST)
     pid, out = _vector_sums(pid, out, norm + C, P, 2*C, C, UNIT, WIDE, ST)
     pid, out = _gate_sums(pid, out, h, dh, d, m, B, R, real, ST)
-    pid, out = _sums(pid, out, dw_in, S_in, 2*C*WIDE, 2*C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
-    pid, out = _tap_sums(pid, out, taps, S_taps, C, UNIT, WIDE, ST)
+    pid, out = _sums(pid, out, dw_in, S_in, 2*C*WIDE, 2*C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, B_in, 4096//B_in, ST)
+    pid, out = _tap_sums(pid, out, taps, S_taps, C, 10, UNIT, WIDE, ST)
     pid, out = _vector_sums(pid, out, scan, S_scan, width, real*(RANK + 2*N), 1, 1, ST)
     pid, out = _vector_sums(pid, out, dt, S_scan, width, real*RANK, 1, 1, ST)
     pid, out = _sums(pid, out, dA, S_scan, width, N, real, A_log, 1, 1, 1, 1, True, True, 128, 32, ST)
@@ -736,23 +761,23 @@ def _mixer_sums(norm, h, dh, d, m, dw_in, taps, scan, small, dw_out, skip, dw, A
     pid, out = _vector_sums(pid, out, dA + real*(N + 1), S_scan, width, real, 1, 1, ST)
     pid, out = _vector_sums(pid, out, small, S_scan, 2*real, real, 1, 1, ST)
     pid, out = _vector_sums(pid, out, small + real, S_scan, 2*real, real, 1, 1, ST)
-    pid, out = _sums(pid, out, dw_out, S_out, C*WIDE, C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
+    pid, out = _sums(pid, out, dw_out, S_out, C*WIDE, C, WIDE, out, UNIT, WIDE, UNIT, WIDE, False, False, B_out, 4096//B_out, ST)
     pid, out = _vector_sums(pid, out, skip, B, 1, 1, 1, 1, ST)
-    pid, out = _sums(pid, out, dw, S_w, C*C + C, C, C, out, UNIT, WIDE, UNIT, WIDE, False, False, 32, 128, ST)
-    pid, out = _vector_sums(pid, out, dw + C*C, S_w, C*C + C, C, UNIT, WIDE, ST)
+    pid, out = _sums(pid, out, dw, S_w, size_w, C, C, out, UNIT, WIDE, UNIT, WIDE, False, False, B_w, 4096//B_w, ST)
+    pid, out = _vector_sums(pid, out, db, S_b, size_b, C, UNIT, WIDE, ST)
 
 # %% ../nbs/02c_blocks.ipynb #02c00150
 @triton.jit
-def _ffn_sums(norm, dw1, taps, dw2, out, P, S1, S_taps, S2, C, M, UNIT: tl.constexpr, WIDE: tl.constexpr, ST: tl.constexpr):
+def _ffn_sums(norm, dw1, taps, dw2, db2, out, P, S1, S_taps, S2, S_b, size_w, size_b, C, M, UNIT: tl.constexpr, WIDE: tl.constexpr, B_1: tl.constexpr, B_2: tl.constexpr, ST: tl.constexpr):
     "The gradients of an FFN's parameters, in their order."
     pid, size = tl.program_id(0), M*C
     pid, out = _vector_sums(pid, out, norm, P, 2*C, C, UNIT, WIDE, ST)
     pid, out = _vector_sums(pid, out, norm + C, P, 2*C, C, UNIT, WIDE, ST)
-    pid, out = _sums(pid, out, dw1, S1, size + M, M, C, out, 1, 1, UNIT, WIDE, False, False, 32, 128, ST)
-    pid, out = _vector_sums(pid, out, dw1 + size, S1, size + M, M, 1, 1, ST)
-    pid, out = _tap_sums(pid, out, taps, S_taps, M, 1, 1, ST)
-    pid, out = _sums(pid, out, dw2, S2, size + C, C, M, out, UNIT, WIDE, 1, 1, False, False, 32, 128, ST)
-    pid, out = _vector_sums(pid, out, dw2 + size, S2, size + C, C, UNIT, WIDE, ST)
+    pid, out = _sums(pid, out, dw1, S1, size, M, C, out, 1, 1, UNIT, WIDE, False, False, B_1, 4096//B_1, ST)
+    pid, out = _vector_sums(pid, out, taps + 10*M, S_taps, 11*M, M, 1, 1, ST)
+    pid, out = _tap_sums(pid, out, taps, S_taps, M, 11, 1, 1, ST)
+    pid, out = _sums(pid, out, dw2, S2, size_w, C, M, out, UNIT, WIDE, 1, 1, False, False, B_2, 4096//B_2, ST)
+    pid, out = _vector_sums(pid, out, db2, S_b, size_b, C, UNIT, WIDE, ST)
 
 # %% ../nbs/02c_blocks.ipynb #02c0014a
 def _room(p): return -(-p.numel()//32)*32                               # the place of a gradient in a flat tensor, aligned
@@ -771,25 +796,29 @@ def _grads(flat, params):
     return [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(out, params)]
 
 # %% ../nbs/02c_blocks.ipynb #02c0014b
-def _programs(vectors, matrices): return sum(_cdiv(n, 32) for n in vectors) + sum(_cdiv(n, 128) for n in matrices)
+def _together(shares): return min(32, _pow2(len(shares)))                   # shares of a matrix that are added at once, of 4096 numbers in all
 
-def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw, wide):
+def _programs(vectors, *matrices):
+    "Programs of a kernel that finishes vectors of these lengths and matrices, (numbers, shares)."
+    return sum(_cdiv(n, 32) for n in vectors) + sum(_cdiv(n*_together(s), 4096) for n, s in matrices)
+
+def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw, db, wide):
     "Gradients of all parameters of a mixer from shares, and for the gate from numbers of every image."
     real, r, rank, n, c = len(params[0]), len(params[3]), params[10].shape[1], params[11].shape[1], 4*wide
     vectors = [c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c]
-    grid, out = _programs(vectors, [2*c*wide, c*wide, c*c]) + _cdiv(r, 32)*_cdiv(real, 32), _flat(params, norm)
-    counts = norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw))
+    grid, out = _programs(vectors, (2*c*wide, dw_in), (c*wide, dw_out), (c*c, dw)) + _cdiv(r, 32)*_cdiv(real, 32), _flat(params, norm)
+    counts = norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw, db))
     with _on(out): _mixer_sums[(grid,)](
-        norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, params[11].contiguous(), out, *counts, c, r, RANK=rank, N=n, UNIT=real//4,
-        WIDE=wide, ST=_tl(norm.dtype), num_warps=8)
+        norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, db, params[11].contiguous(), out, *counts, dw.stride(0), db.stride(0), c, r, RANK=rank, N=n, UNIT=real//4,
+        WIDE=wide, B_in=_together(dw_in), B_out=_together(dw_out), B_w=_together(dw), ST=_tl(norm.dtype), num_warps=8)
     return out
 
-def _ffn_finish(params, norm, dw1, taps, dw2, wide):
+def _ffn_finish(params, norm, dw1, taps, dw2, db2, wide):
     "Gradients of all parameters of an FFN from shares."
     c, m, out = 4*wide, len(params[3]), _flat(params, norm)
-    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], [m*c, m*c]),)](
-        norm, dw1, taps, dw2, out, norm.shape[0]*norm.shape[1], len(dw1), len(taps), len(dw2), c, m, UNIT=len(params[0])//4, WIDE=wide,
-        ST=_tl(norm.dtype), num_warps=8)
+    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], (m*c, dw1), (m*c, dw2)),)](
+        norm, dw1, taps, dw2, db2, out, norm.shape[0]*norm.shape[1], *map(len, (dw1, taps, dw2, db2)), dw2.stride(0), db2.stride(0), c, m, UNIT=len(params[0])//4, WIDE=wide,
+        B_1=_together(dw1), B_2=_together(dw2), ST=_tl(norm.dtype), num_warps=8)
     return out
 
 # %% ../nbs/02c_blocks.ipynb #02c0002c
@@ -805,7 +834,7 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
     ds, part = _scaled(dy, scale), _parts(_rows(x), more := len(x) if PLANS['whole'](c) else _shares(_rows(x)))
     first, second = part[0,:more], part[0,more:]
     do, dv, dxn, tn, sums = _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, first)
-    dw, dw_out = wgrad(ds, tn, bias=True), wgrad(_rows(do), _rows(v), groups=G)
+    (dw, db), dw_out = wgrad(ds, tn, bias=True), wgrad(_rows(do), _rows(v), groups=G)
     del ds, do, tn
     dmean, dgate, dskip = _gate_grads(sums, x, mean, gate, w1, b1, w2, skip, unit, first)
     dzx = _new(zx)
@@ -816,7 +845,7 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
                                                  **_types(x), num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
     dx = norm_back(dxn, _rows(x), stats, gain, second, _rows(dy), units)
-    return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, wide)
+    return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, db, wide)
 
 # %% ../nbs/02c_blocks.ipynb #02c0002f
 def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
@@ -826,14 +855,14 @@ def ffn_backward(dy, x, h, stats, ready, scale, gain, shift, w1, b1, k, kb, w2, 
     w1, w2 = _taken(ready, (w1, w2), *units, FFN_DIMS)
     ds, part = _scaled(dy, scale), _parts(_rows(x))
     da = gemm(ds, w2.t()).view_as(h)
-    dh, taps, a = _conv_backward(da, h, k, kb, 'gelu', save_y=True)
+    dh, taps, a = _conv_backward(da, h, k, kb, 'gelu', save_y=True, sum_dx=True)
     del da
-    dw2 = wgrad(ds, _rows(a), bias=True)
+    dw2, db2 = wgrad(ds, _rows(a), bias=True)
     del a
     dxn = gemm(_rows(dh), w1.t())
-    dw1 = wgrad(_rows(dh), norm_rows(_rows(x), gain, shift, eps, units)[0], bias=True)
+    dw1 = wgrad(_rows(dh), norm_rows(_rows(x), gain, shift, eps, units)[0])
     dx = norm_back(dxn, _rows(x), stats, gain, part[0], _rows(dy), units)
-    return dx.view_as(x), _ffn_finish(params, part, dw1, taps, dw2, units[1])
+    return dx.view_as(x), _ffn_finish(params, part, dw1, taps, dw2, db2, units[1])
 
 # %% ../nbs/02c_blocks.ipynb #02c0c002
 def in_rows(

@@ -94,10 +94,12 @@ class Downsample(nn.Module):
 def pair_pixels(
     x:Tensor, # images (B, C, H, W), H and W even
     w:Tensor, # 7×7 taps (O, C, 7, 7)
-)->tuple: # 2×2 blocks with a border (B, 4C, H/2 + 3, W/2 + 3), and 4×4 taps (O, 4C, 4, 4)
-    "A 7×7 convolution of stride 2 and padding 3 as one of 4×4, stride 1 and no padding, over blocks of pixels: more channels keep a GPU's matrix units busy."
-    x = F.pad(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last), (2, 1, 2, 1))
-    return x, F.pad(w, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+)->tuple: # 2×2 blocks with a border (B, D, H/2 + 3, W/2 + 3), and 4×4 taps (O, D, 4, 4); D is 4C filled up with zeros to a multiple of 8
+    "A 7×7 convolution of stride 2 and padding 3 as one of 4×4, stride 1 and no padding, over blocks of pixels: more channels keep a GPU's matrix units busy, and eights of them are read as they lie."
+    room = -4*x.shape[1] % 8
+    x = F.pad(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last), (2, 1, 2, 1, 0, room))
+    w = F.pad(w, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    return x, F.pad(w, (0, 0, 0, 0, 0, room))
 
 def fold_norm(
     w:Tensor, # taps of the convolution before

@@ -244,6 +244,12 @@ def _tap_sums(sums, g, top, middle, bottom, TW: tl.constexpr):
     return out
 
 @triton.jit
+def _row_sum(total, row, ok, w, W, TW: tl.constexpr, EXACT: tl.constexpr):
+    "The columns of a row of a strip, added up where they exist."
+    for j in tl.static_range(TW): total += tl.where(ok if EXACT else ok & (w + j < W), row[j], 0.)
+    return total
+
+@triton.jit
 def _times(a, b):
     out = ()
     for j in tl.static_range(len(a)): out += (a[j]*b[j],)
@@ -252,14 +258,15 @@ def _times(a, b):
 # %% ../nbs/02b_fused.ipynb #91bef9f0
 @triton.jit
 def _dwconv_backward(dy, x, weight, bias, dx, y, share, H, W, channels, gb, gh, gw: tl.constexpr, sb, sh, sw: tl.constexpr, db, dh, dw: tl.constexpr, yb, yh, yw: tl.constexpr, n_c, n_w, TW: tl.constexpr,
-    CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
-    "dx, a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y."
+    CB: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Y: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ST: tl.constexpr):
+    "dx, a share of the gradients of weight and bias, (programs, 10, channels), and y = act(s) if SAVE_Y. ROWS = 11: behind them a share of the sum of dx."
     c, in_c, w, _r, b = _tile(channels, n_c, n_w, 1, H, TW, CB, EVEN)
     k, start = _taps(weight, bias, *_parameter(c, in_c, UNIT, WIDE), HAS_BIAS, ST)
     turned, zero = k[::-1], tl.zeros((CB,), ST)
     dy += b*gb + w*gw + c; x += b*sb + w*sw + c; y += b*yb + w*yw + c
     dx += b*db + w*dw - dh + c                                                             # a row of dx is finished by the row of s after it
     sums, above, now, top = (zero,)*10, (zero,)*TW, (zero,)*TW, (zero,)*(TW + 4)
+    total = zero
     middle = _row(x, in_c, w, W, sw, TW, 2, EXACT)
     for r in tl.range(0, H, num_stages=3):
         x += sh
@@ -270,32 +277,35 @@ def _dwconv_backward(dy, x, weight, bias, dx, y, share, H, W, channels, gb, gh, 
             if SAVE_Y: _put(y, a, in_c, w, W, yw, TW, 1, EXACT)
             g = _times(g, da)
         sums = _tap_sums(sums, g, top, mid, low, TW)
-        _put(dx, _plus(above, g, turned, 2), in_c & (r > 0), w, W, dw, TW, 0, EXACT)
+        done = _plus(above, g, turned, 2)
+        _put(dx, done, in_c & (r > 0), w, W, dw, TW, 0, EXACT)
+        if ROWS == 11: total = _row_sum(total, done, r > 0, w, W, TW, EXACT)
         above, now = _plus(now, g, turned, 1), _plus((zero,)*TW, g, turned, 0)
         top, middle = mid, bottom                                                            # 16 bits while it waits: Triton does not pipeline a row that is only handed on twice
         dy += gh; dx += dh; y += yh
     _put(dx, above, in_c, w, W, dw, TW, 0, EXACT)
-    share += (tl.program_id(0)//n_c).to(tl.int64)*10*channels + c
+    share += (tl.program_id(0)//n_c).to(tl.int64)*ROWS*channels + c
     for i in tl.static_range(10): tl.store(share + i*channels, sums[i], mask=in_c)
+    if ROWS == 11: tl.store(share + 10*channels, _row_sum(total, above, H > 0, w, W, TW, EXACT), mask=in_c)
 
 # %% ../nbs/02b_fused.ipynb #5d2e61a7
 def _grad_of(p, g):
     "`g` in the shape and dtype of the parameter `p`, contiguous, in memory of its own."
     return g.reshape(p.shape).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
-def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None):
-    "Gradient of x (written to `out` if given), shares of those of taps and bias side by side (programs, 10, channels), and the activation itself if `save_y`."
+def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None, sum_dx=False):
+    "Gradient of x (written to `out` if given), shares of those of taps and bias side by side (programs, 10, channels), an 11th row for the sum of dx over the map if `sum_dx`, and the activation itself if `save_y`."
     weight, n_c = weight.contiguous(), x.shape[3]
     n, blocks, meta = _conv_launch(x, True, unit)
     dx = _new(x) if out is None else out
     y = _new(x) if save_y else dx
-    share = x.new_empty(n//blocks[0], 10, n_c, dtype=_state_dtype(x))
+    share = x.new_empty(n//blocks[0], 10 + sum_dx, n_c, dtype=_state_dtype(x))
     with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, dx, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *dx.stride()[:3], *y.stride()[:3], *blocks[:2],
-                                        ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, **meta)
+                                        ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, ROWS=share.shape[1], **meta)
     return dx, share, y
 
 def _tap_grads(share, weight, bias, unit=None):
-    "Gradients of weight and bias from the shares that `_conv_backward` gives, (programs, 10, channels)."
+    "Gradients of weight and bias from the shares that `_conv_backward` gives, (programs, 10 or 11, channels)."
     share = share.sum(0)
     if unit: share = share.unflatten(1, (4, -1))[...,:unit].flatten(1)
     return _grad_of(weight, share[:9].t()), weight.new_empty(0) if bias is None else _grad_of(bias, share[9])

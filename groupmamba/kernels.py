@@ -611,6 +611,7 @@ def map_scan_triton(
 )->Tensor: # y in place order (B, H, W, D)
     "The scan of an image map whose channel groups walk in different directions: no sequence is ever made. No input checks."
     def steps(x): return x.flatten(1, 2)
+    if not _channels_last(steps(u)): u = u.contiguous()                     # a walk finds its places only where channels lie side by side
     B, C = (steps(M).unflatten(2, (-1, A.shape[1])) for M in (B,C))
     y = torch.ops.groupmamba.scan_triton(steps(u), steps(delta), A, B, C, D, None, delta_bias, True, *u.shape[1:3], [WALKS[k] for k in directions])[0]
     return y.unflatten(1, u.shape[1:3])
