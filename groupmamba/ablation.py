@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROUPS', 'PAPER6', 'WIDE', 'WIDE_EQ3', 'TABLE5',
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
-           'known', 'create', 'Count', 'count', 'Row', 'ablated', 'table6', 'table_text', 'images_per_s',
-           'mnist_images', 'few_digits', 'image_folder', 'Study', 'teacher_file', 'learn', 'read_runs', 'wanted',
-           'ready', 'learn_all', 'run_here', 'run_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill',
-           'dense_columns', 'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company',
-           'draw_methods', 'draw_figure1', 'AblateConfig', 'picture', 'ablate', 'ablate_cli']
+           'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded',
+           'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
+           'teacher_file', 'learn', 'read_runs', 'wanted', 'visible_gpus', 'run_beside', 'lesson_calls', 'learn_all',
+           'run_here', 'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns',
+           'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods',
+           'draw_figure1', 'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
-import io, shutil, statistics
+import gc, io, logging, math, os, shutil, statistics, time, warnings
 import numpy as np
 import timm, torch
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -20,18 +21,20 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from PIL import Image
 from timm.models import register_model
 from torch.utils.flop_counter import FlopCounterMode
+from .bench import step_times
 from .blocks import plain_form
 from .core import TABLE6
-from .data import Options, UserError, cache_dir, option, read_table
+from .data import Options, UserError, cache_dir, make_dataset, open_data, option, read_table
 from .grouped import EIGHT
 from .released import SIZES
-from .train import fit, make_config, make_parser, replacing, run_cli, setup, write_csv
+from .train import die_with_parent, fit, make_config, make_parser, replacing, run_cli, setup, write_csv
 
 # %% ../nbs/14_ablation.ipynb #a14variants
 VARIANTS = {  # constructor options of GroupMamba and GroupMambaReleased; the order of Fig. 4, Table 4, §8, Table 5
@@ -89,9 +92,18 @@ class Count:
     macs:float # billions of multiply-adds, without the scan's
     scan:float # billions of multiply-adds of the selective scans
 
+def on_meta(
+    make, # builds a model
+)->torch.nn.Module: # without numbers
+    "What `make` builds, on the meta device; by way of the CPU where it asks a tensor for its values, as timm's RegNet may."
+    with torch.device('meta'):
+        try: return make()
+        except NotImplementedError: pass
+    return make().to('meta')
+
 @lru_cache(256)
 def _count(model, size, options):
-    with torch.device('meta'): net, x = create(model, **dict(options)).eval(), torch.empty(1, 3, size, size)
+    net, x = on_meta(lambda: create(model, **dict(options)).eval()), torch.empty(1, 3, size, size, device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(x)
     flops = {str(k): v/2e9 for k, v in counter.get_flop_counts()['Global'].items()}
     scan = sum(v for k, v in flops.items() if k.startswith('groupmamba'))
@@ -183,26 +195,35 @@ TABLE3 = [_distilled('T', 'tiny', False, 23, 4.6, None, 82.5), _distilled('T', '
           Row('the small model with teacher', (None,)*4, 'groupmamba_nano', dict(num_classes=10, distilled=True), None, 'distilled')]
 
 # %% ../nbs/14_ablation.ipynb #a14speedc
-@torch.inference_mode()
+def recorded(
+    step, # works on the GPU, without arguments; never waits for it
+    warmup:int=2, # ordinary calls before, which build the kernels
+): # a function that does the same again
+    "A step as one CUDA graph, to be replayed without Python in between."
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup): step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream): step()
+    return graph.replay
+
+@torch.no_grad()
 def images_per_s(
     model:str, # name for timm
     batch:int=128, # images at a time
     size:int=224, # their side, pixels
-    rounds:int=20, # of which the median counts
+    rounds:int=10, # of which the median counts
     **options, # of the model
 )->float: # images a second
-    "Throughput on the GPU in bfloat16, in the reference form of the blocks. Raises `UserError` where there is none."
+    "Throughput on the GPU in bfloat16, in the reference form of the blocks, as a CUDA graph. Raises `UserError` where there is none."
     if not torch.cuda.is_available(): raise UserError('speed is measured on a GPU, and there is none')
     with torch.device('cuda'): net, x = create(model, **options).eval(), torch.randn(batch, 3, size, size)
-    times = []
-    for i in range(rounds + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        with plain_form(), torch.autocast('cuda', torch.bfloat16): net(x)
-        end.record()
-        end.synchronize()
-        if i >= 5: times.append(start.elapsed_time(end)/1e3)       # the first five warm up
-    return batch/statistics.median(times)
+    net, x = (v.to(memory_format=torch.channels_last) for v in (net, x))
+    def look():
+        with plain_form(), torch.autocast('cuda', torch.bfloat16): return net(x)
+    return 1e3*batch/statistics.median(step_times(recorded(look), x.device, 3, rounds))
 
 # %% ../nbs/14_ablation.ipynb #a14images
 def mnist_images()->tuple[np.ndarray, np.ndarray]: # images (5000, 28, 28) uint8, digits
@@ -255,14 +276,75 @@ class Study:
     recipe:dict # options of `groupmamba_train`
     teaching:dict # options in which the teacher's own lesson differs
 
+    def config(self, **options): # `TrainConfig` of a lesson
+        "The recipe, with its images and what else a lesson has."
+        return make_config('digits', **self.recipe | dict(data=str(image_folder(self.images))) | options)
+
 SHARED = dict(verify=False, log_steps=10**6, save_minutes=0., progress='off', threads=1)
 STUDIES = dict(
     full=Study('mnist', 'regnety_004', SHARED | dict(
-        val_fraction=.5, img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3, num_workers=2), dict(epochs=40)),
+        val_fraction=.5, img_size=64, epochs=20, warmup_epochs=2, batch_size=128, lr=2e-3), dict(epochs=40)),
     small=Study('digits', 'test_resnet', SHARED | dict(
         val_fraction=.8, img_size=32, epochs=10, warmup_epochs=1, batch_size=64, lr=2e-3, accelerator='cpu'), dict(epochs=40)),
     reduced=Study('few', 'test_resnet', SHARED | dict(
         val_fraction=.5, img_size=32, epochs=2, warmup_epochs=1, batch_size=64, lr=3e-3, accelerator='cpu'), {}))
+
+# %% ../nbs/14_ablation.ipynb #a14bank
+def view_file(folder, seed, epoch): return Path(folder)/f'views-{seed}-{epoch}.npy'
+
+def see(
+    study:str, # key of `STUDIES`
+    seed:int, # of the split and the views
+    epoch:int|str, # counted from 0, or 'val': the images that are measured on
+    folder:str|Path, # where they are kept
+):
+    "Make and keep the views of one epoch as bytes (n, 1 or 3, H, W); one channel where all are alike."
+    cfg, val = STUDIES[study].config(seed=seed), epoch == 'val'
+    data = make_dataset(cfg, open_data(cfg, seed)[val], not val, seed=seed)
+    if not val: data.epoch = epoch
+    views = torch.stack([data[i][0] for i in range(len(data))])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.mean, cfg.std))
+    pixels = ((views*std + mean)*255).round().byte()
+    if not torch.equal((pixels.float()/255 - mean)/std, views): raise UserError('these views cannot be kept as bytes')
+    if (pixels == pixels[:, :1]).all(): pixels = pixels[:, :1]
+    with replacing(view_file(folder, seed, epoch)) as temporary, open(temporary, 'wb') as f: np.save(f, pixels.numpy())
+
+class Bank:
+    "Batches as a loader of a run makes them, from views that were made before."
+    def __init__(self,
+        loader, # whose place it takes
+        files:list, # of `see`, an epoch each
+        run, # of `setup`
+    ):
+        self.loader, device = loader, run.fabric.device
+        self.sampler, self.dataset, self.batch_size = loader.sampler, loader.dataset, loader.batch_size
+        self.views = torch.stack([torch.from_numpy(np.load(f)) for f in files]).to(device)
+        self.labels = torch.as_tensor(np.asarray(self.dataset.reader.targets)).long().to(device)
+        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (run.cfg.mean, run.cfg.std))
+
+    def __len__(self): return len(self.loader)
+    def __iter__(self):
+        views, order = self.views[self.dataset.epoch % len(self.views)], torch.tensor(list(self.sampler), device=self.labels.device)
+        for i in order[:len(self)*self.batch_size].split(self.batch_size):
+            yield (views[i].float()/255 - self.mean)/self.std, self.labels[i]
+
+# %% ../nbs/14_ablation.ipynb #a14rec
+def record(
+    run, # of `setup`, on CUDA, in bf16-mixed
+)->str: # ', recorded', or nothing where that cannot be done
+    "Forward and backward of a run's model, in training, become two CUDA graphs."
+    gc.collect(); torch.cuda.empty_cache()                         # the graphs of the lesson before
+    model, cfg, device = run.inner, run.cfg, run.fabric.device
+    images = torch.randn(cfg.batch_size, 3, cfg.img_size, cfg.img_size, device=device)
+    kept, plain = {k: v.clone() for k, v in model.state_dict().items()}, model.forward   # recording moves the running means
+    def half(x):
+        with torch.autocast('cuda', torch.bfloat16, cache_enabled=False): return plain(x)
+    model.forward = half                                           # the backward pass is recorded outside of autocast, as it is run
+    try:
+        with torch.random.fork_rng([device]): torch.cuda.make_graphed_callables(model.train(), (images,), allow_unused_input=True)
+        return ', recorded'
+    except RuntimeError: model.forward = plain; return ''          # something in it waits for the GPU
+    finally: model.load_state_dict(kept)
 
 # %% ../nbs/14_ablation.ipynb #a14learnc
 def teacher_file(out:Path, study:str, seed:int)->Path: return Path(out)/f'teacher-{study}-{seed}.pt'
@@ -272,27 +354,32 @@ def learn(
     lesson:str, # key of `LESSONS`, or 'teacher'
     seed:int, # of the split, the order, the views and the weights
     out:str|Path, # folder of the teachers
+    views:str|Path|None=None, # folder of `see`; None: the trainer's own loader
 )->dict: # a row of runs.csv
     "Train one model from nothing. Accuracy is the last epoch's: nothing is chosen by looking at it. Raises `UserError`."
     plan = STUDIES[study]
     model, distill = LESSONS.get(lesson, (plan.teacher, 'none'))
-    taught = dict(distill=distill, teacher=plan.teacher, teacher_checkpoint=str(teacher_file(out, study, seed)))
-    if distill == 'none': taught = {}
-    recipe = plan.recipe | (plan.teaching if lesson == 'teacher' else {}) | taught
-    recipe |= dict(data=str(image_folder(plan.images)), model=model, seed=seed, stop_after=recipe['epochs'] - 1)
+    options = dict(model=model, seed=seed) | (plan.teaching if lesson == 'teacher' else {})
+    if distill != 'none': options |= dict(distill=distill, teacher=plan.teacher, teacher_checkpoint=str(teacher_file(out, study, seed)))
+    epochs = (plan.recipe | options)['epochs']
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = setup(make_config('digits', **recipe, out=folder))
-        views = list(run.val_loader)
-        for run.val_loader in views[:1], views:                    # up to the last epoch a glance will do; only that one counts
+        run = setup(plan.config(**options, stop_after=epochs - 1, out=folder))
+        if views:
+            run.train_loader = Bank(run.train_loader, [view_file(views, seed, e) for e in range(plan.recipe['epochs'])], run)
+            run.val_loader = Bank(run.val_loader, [view_file(views, seed, 'val')], run)
+        device = run.fabric.device.type
+        if device == 'cuda': device += record(run)
+        glance = list(run.val_loader)
+        for run.val_loader in glance[:1], glance:                  # up to the last epoch a glance will do; only that one counts
             if fit(run).stopped: raise UserError(f'{lesson}, seed {seed}, was asked to stop')
         last = run.history[-1]
         if lesson == 'teacher':
             with replacing(teacher_file(out, study, seed)) as temporary: shutil.copyfile(run.out/'last.pt', temporary)
-    assert run.epoch == recipe['epochs']
+    assert run.epoch == epochs
     c = count(model, run.cfg.img_size, **{k: v for k, v in run.model_args.items() if k in ('num_classes', 'distilled')})
     return dict(study=study, lesson=lesson, seed=seed, model=model, params=round(c.params, 4), mmacs=round(c.macs*1e3, 3),
                 top1=round(100*last['val_top1'], 3), train_loss=round(last['train_loss'], 4), epochs=run.epoch,
-                seconds=round(sum(r['seconds'] for r in run.history), 1), device=run.fabric.device.type)
+                seconds=round(sum(r['seconds'] for r in run.history), 1), device=device)
 
 # %% ../nbs/14_ablation.ipynb #a14runs
 def read_runs(
@@ -316,45 +403,89 @@ def wanted(
     todo = [(study, k, s) for s in range(seeds) for k in order if (study, k, s) not in done]
     return sorted(todo, key=lambda t: t[1] != 'teacher')
 
+# %% ../nbs/14_ablation.ipynb #a14beside
+def visible_gpus()->list[str]: # as CUDA_VISIBLE_DEVICES names them
+    "The GPUs that this process may use."
+    given = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return [str(i) for i in range(torch.cuda.device_count())] if given is None else [v for v in given.split(',') if v]
+
+def _take_gpu(counter, gpus): # the first thing that a new process does
+    with counter.get_lock(): i = counter.value; counter.value += 1
+    if gpus: os.environ['CUDA_VISIBLE_DEVICES'] = gpus[i % len(gpus)]
+    warnings.simplefilter('ignore'); logging.disable(logging.WARNING)   # they would be printed once a process
+    die_with_parent()
+
+def run_beside(
+    calls:list[tuple], # function and arguments; a function that a module has, since another process cannot find a notebook's
+    jobs:int, # processes; each GPU is given to every n-th
+    ready=lambda call: True, # may it begin?
+    until:float=math.inf, # on the clock `time.monotonic`: then what is not finished is given up
+): # (call, result or exception) as they end
+    "Calls in processes of their own. What was given up yields a `TimeoutError`."
+    waiting, going, others = list(calls), {}, set(active_children())
+    spawn = get_context('spawn')
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_take_gpu, initargs=(spawn.Value('i'), visible_gpus()))
+    try:
+        while waiting or going:
+            for call in [c for c in waiting if ready(c)][:max(0, 2*jobs - len(going))]: waiting.remove(call); going[pool.submit(*call)] = call
+            if not going: yield from ((call, UserError('what it needs has failed')) for call in waiting); return
+            ended = wait(going, None if until == math.inf else max(0, until - time.monotonic()), FIRST_COMPLETED)[0]
+            if not ended: break
+            for f in ended:
+                call = going.pop(f)
+                yield call, f.exception() or f.result()
+        yield from ((call, TimeoutError('not finished in time')) for call in [*going.values(), *waiting])
+    finally:
+        pool.shutdown(wait=not going, cancel_futures=True)
+        if going:                                                  # a politely asked trainer would save, and its process take the next call
+            for p in set(active_children()) - others: p.kill()
+
 # %% ../nbs/14_ablation.ipynb #a14learnall
-def ready(job, out):
-    "Has its teacher learned?"
-    return LESSONS.get(job[1], ('', 'none'))[1] == 'none' or teacher_file(out, job[0], job[2]).exists()
+def lesson_calls(todo, out, views, epochs):
+    "The calls of `learn`, those of `see` that they need before, and which may begin."
+    from groupmamba import ablation                                # by its name: what a notebook defines, another process cannot find
+    looks = [(ablation.see, study, seed, e, views) for study, seed in dict.fromkeys((t[0], t[2]) for t in todo)
+             for e in ([*range(epochs), 'val'] if epochs else [])]
+    def ready(call):
+        if call[0] is ablation.see: return True
+        _, study, lesson, seed, *_ = call
+        taught = LESSONS.get(lesson, ('', 'none'))[1] == 'none' or teacher_file(out, study, seed).exists()
+        return taught and all(view_file(*c[-1:], *c[2:4]).exists() for c in looks if c[2] == seed)
+    return looks + [(ablation.learn, *job, out, views if epochs else None) for job in todo], ready
 
 def learn_all(
     todo:list[tuple], # from `wanted`
     out:str|Path, # folder of `runs.csv`
     jobs:int=0, # processes; 0: this one
+    until:float=math.inf, # as in `run_beside`; not for this process
 )->dict: # all finished runs, as `read_runs`
-    "Run them; every finished run is kept at once. Raises `UserError` if some failed, after the others are done."
-    done, failed, out = read_runs(out), [], Path(out)
-    for job, result in (run_here if jobs == 0 else run_beside)(todo, out, jobs):
-        if isinstance(result, Exception):
+    "Run them; every finished run is kept at once. Without `until` it raises `UserError` if some failed, after the others are done."
+    done, failed, late, out = read_runs(out), [], [], Path(out)
+    for job, result in run_here(todo, out) if jobs == 0 else learn_beside(todo, out, jobs, until):
+        if isinstance(result, TimeoutError): late.append(f'{job[1]} {job[2]}')
+        elif isinstance(result, Exception):
             failed.append(f'{job[1]}, seed {job[2]}: {result}')
             print('failed', failed[-1], flush=True)
-            continue
-        done[job] = result
-        write_csv(out/'runs.csv', list(done.values()))
-        if jobs: print('{lesson:12} seed {seed}   top-1 {top1:6.2f}%   {seconds:5.0f} s'.format(**result), flush=True)
-    if failed: raise UserError('; '.join(failed))
+        else:
+            done[job] = result
+            write_csv(out/'runs.csv', list(done.values()))
+            if jobs: print('{lesson:12} seed {seed}   top-1 {top1:6.2f}%   {seconds:5.0f} s'.format(**result), flush=True)
+    if late: print('not finished in time:', ', '.join(late))
+    if failed and until == math.inf: raise UserError('; '.join(failed))
     return done
 
-# %% ../nbs/14_ablation.ipynb #a14beside
-def run_here(todo, out, jobs):
-    "One after the other: (job, row) of each."
-    for job in sorted(todo, key=lambda job: not ready(job, out)): yield job, learn(*job, out)
+def run_here(todo, out):
+    "One after the other, teachers first: (job, row) of each."
+    for job in sorted(todo, key=lambda job: job[1] != 'teacher'): yield job, learn(*job, out)
 
-def run_beside(todo, out, jobs):
-    "In `jobs` processes: (job, row or exception) as they end."
-    from groupmamba.ablation import learn                          # by its name: what a notebook defines, another process cannot find
-    waiting, going = list(todo), {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
-        while waiting or going:
-            for job in [j for j in waiting if ready(j, out)]: waiting.remove(job); going[pool.submit(learn, *job, out)] = job
-            if not going: yield from ((job, UserError('its teacher has failed')) for job in waiting); return
-            for f in wait(going, return_when=FIRST_COMPLETED)[0]:
-                job = going.pop(f)
-                yield job, f.exception() or f.result()
+def learn_beside(todo, out, jobs, until):
+    "In processes: (job, row or exception) as they end."
+    banked = bool(todo) and torch.cuda.is_available()
+    with TemporaryDirectory() as views:
+        calls, ready = lesson_calls(todo, out, views, STUDIES[todo[0][0]].recipe['epochs'] if banked else 0)
+        for (f, *args), result in run_beside(calls, jobs, ready, until):
+            if f.__name__ == 'learn': yield tuple(args[:3]), result
+            elif isinstance(result, Exception) and not isinstance(result, TimeoutError): raise result
 
 # %% ../nbs/14_ablation.ipynb #a14compare
 def scores(
@@ -388,6 +519,7 @@ class Lab:
     out:Path # folder of `runs.csv` and `speed.csv`
     runs:dict # from `read_runs`
     measure:bool # measure speed? Needs a GPU
+    until:float=math.inf # on the clock `time.monotonic`: then no more is measured
 
     def speed(self,
         model:str, # name for timm, or of a peer
@@ -399,7 +531,7 @@ class Lab:
         name = ' '.join([gpu, model, f'{size}', *(f'{k}={v}' for k, v in sorted(options.items()))])
         known = dict(read_table(self.out/'speed.csv')[1:])
         if name not in known:
-            if not self.measure: return None
+            if not self.measure or time.monotonic() > self.until: return None
             known[name] = round(images_per_s(model, size=size, **options))
             write_csv(self.out/'speed.csv', [dict(model=k, images_per_s=v) for k, v in known.items()])
         return int(known[name])
@@ -565,7 +697,8 @@ class AblateConfig(Options):
     full:bool = option(False, 'train on 2,500 digits of MNIST with five seeds and measure speed; needs a GPU')
     small:bool = option(False, "train on 200 of scikit-learn's digits with three seeds, on the CPU; a few minutes on two cores")
     seeds:int|None = option(None, 'how many seeds; none: 2, 3 with --small, 5 with --full', lo=1)
-    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, 2 with --small, 8 with --full', lo=0)
+    jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, 2 with --small, with --full 8 for a GPU and one for two cores at most', lo=0)
+    limit:float|None = option(None, 'seconds; what is not learned after three quarters of them, or measured after all, is left out and named', lo=1)
     out:str = option('ablation', 'folder of the results and of the finished runs')
 
     def problems(self):
@@ -587,17 +720,25 @@ def picture(what, rows, lab):
     if what == 'figure 1': return draw_figure1(rows, table1() if known('vmamba_tiny') else None)
     return draw_table(rows, TITLES[what])
 
+def full_jobs()->int: # processes
+    "Eight for each GPU, as long as there are two cores for each."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(8*max(1, torch.cuda.device_count()), cores//2))
+
 def ablate(
     cfg:AblateConfig, # what to make
 )->dict: # its name → rows
     "Learn, measure, count; write CSV and PNG, each whole or not at all. Raises `UserError`."
-    study, out = cfg.study, Path(cfg.out)
-    seeds, jobs = dict(reduced=(2, 0), small=(3, 2), full=(5, 8))[study]
+    study, out, now = cfg.study, Path(cfg.out), time.monotonic()
+    seeds, jobs = dict(reduced=(2, 0), small=(3, 2), full=(5, full_jobs()))[study]
+    until = [now + (cfg.limit or math.inf)*part for part in (.75, 1)]
     out.mkdir(parents=True, exist_ok=True)
     lessons = list(dict.fromkeys(k for w in cfg.wishes() for k in lessons_of(w)))
     todo = wanted(study, lessons, cfg.seeds or seeds, read_runs(out))
     if todo: image_folder(STUDIES[study].images)                   # before several processes want it
-    lab, made = Lab(study, out, learn_all(todo, out, jobs if cfg.jobs is None else cfg.jobs), measure=cfg.full), {}
+    jobs = jobs if cfg.jobs is None else cfg.jobs
+    if jobs: Thread(target=lambda: [table(w, Lab(study, out, {}, False)) for w in cfg.wishes()], daemon=True).start()   # counts, while others learn
+    lab, made = Lab(study, out, learn_all(todo, out, jobs, until[0]), cfg.full, until[1]), {}
     for what in cfg.wishes():
         made[what] = rows = table(what, lab)
         name = what.replace(' ', '-') if ' ' in what else f'table-{what}'

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['TABLE1', 'LOCAL_DIRECTIONS', 'SCANNING', 'first_convs', 'default_cfgs', 'Row', 'list_peers', 'channels_first',
            'WideMixer', 'CrossMixer', 'Residual', 'peer_stages', 'PeerPyramid', 'vmamba', 'MeanGate', 'local_vmamba',
-           'AtrousMixer', 'DualPath', 'efficient_vmamba', 'BidirectionalMixer', 'Vim', 'create_peer', 'Cost', 'cost']
+           'AtrousMixer', 'DualPath', 'efficient_vmamba', 'BidirectionalMixer', 'Vim', 'create_peer', 'Cost', 'cost',
+           'peer_step', 'time_peer', 'time_peers']
 
 # %% ../nbs/14b_peers.ipynb #p14b0002
+import gc
 import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -24,6 +26,8 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from einops.layers.torch import Rearrange
+from .ablation import on_meta, recorded
+from .bench import Row as Timing, device_text, middle, step_times
 from .core import Downsample, DropPath, TimmHooks, check_images, model_cfg
 from .grouped import FOUR, check_directions, directional_scan, from_phases, to_map, to_phases, to_sequences
 from .vsss import FFN, MambaMixer, init_weights
@@ -414,9 +418,63 @@ def cost(
     "Count a model of Table 1 on the meta device, where tensors have shapes and no numbers."
     size = TABLE1[name].size if img_size is None else img_size
     h, w = (size, size) if isinstance(size, int) else size
-    with torch.device('meta'): model, x = create_peer(name, img_size=(h, w)).eval(), torch.empty(1, 3, h, w)
+    model, x = on_meta(lambda: create_peer(name, img_size=(h, w)).eval()), torch.empty(1, 3, h, w, device='meta')
     rules = {torch.ops.aten.native_layer_norm: _norm_ops, torch.ops.groupmamba.scan: _scan_ops}
     with FlopCounterMode(display=False, custom_mapping=rules) as counter, torch.no_grad(): model(x)
     ops = {str(k): n/2e9 for k, n in counter.get_flop_counts()['Global'].items()}
     norms, scans = ops.pop('aten.native_layer_norm', 0.), ops.pop('groupmamba.scan', 0.)
     return Cost(sum(p.numel() for p in model.parameters())/1e6, sum(ops.values()), norms, scans)
+
+# %% ../nbs/14b_peers.ipynb #p14b0103a
+def peer_step(
+    model:nn.Module, # on its device, in the right mode
+    x:Tensor, # images
+    train:bool, # a step of training?
+)->Callable: # a function without arguments
+    "One forward pass, or forward, backward and AdamW, in bfloat16 by autocast."
+    half = partial(torch.autocast, x.device.type, torch.bfloat16)
+    def look():
+        with torch.no_grad(), half(): model(x)
+    if not train: return look
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=x.is_cuda)
+    y = torch.arange(len(x), device=x.device)
+    def learn():
+        with half(): loss = F.cross_entropy(model(x), y)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    return learn
+
+# %% ../nbs/14b_peers.ipynb #p14b0103b
+def time_peer(
+    name:str, # a key of `TABLE1`
+    train:bool, # a step of training?
+    batch:int=128, # images a step
+    size:int|None=None, # their side; None: Table 1's
+    device:str='cuda', # on a CPU nothing is recorded
+    repeats:int=10, # steps that count
+)->Timing: # as `groupmamba.bench` prints it. Raises `torch.cuda.OutOfMemoryError`
+    "Time one step of a model of Table 1, on a GPU as a CUDA graph."
+    size, cuda, torch.backends.cudnn.benchmark = size or TABLE1[name].size, device == 'cuda', True
+    with torch.device(device): model, x = create_peer(name, img_size=size).train(train), torch.randn(batch, 3, size, size)
+    model, x = (v.to(memory_format=torch.channels_last) for v in (model, x))
+    step = peer_step(model, x, train)
+    if cuda: torch.cuda.reset_peak_memory_stats(); step = recorded(step)
+    memory = torch.cuda.max_memory_allocated()/2**30 if cuda else math.nan
+    ms, spread = middle(step_times(step, x.device, 2, repeats))
+    params = sum(p.numel() for p in model.parameters())/1e6
+    return Timing(TABLE1[name].label, 'training' if train else 'inference', 1e3*batch/ms, ms, spread, memory, params, batch_size=batch,
+                  img_size=size, precision='bf16-mixed', layout='channels_last', device=device_text(x.device))
+
+def time_peers(
+    name:str, # a key of `TABLE1`
+    **options, # of `time_peer`: size, device, repeats
+)->list[Timing]: # inference of 128 images, training of 64, or as many halves as fit
+    "Both runs of one model."
+    rows = []
+    for train, batch in ((False, 128), (True, 64)):
+        while len(rows) <= train:
+            try: rows.append(time_peer(name, train, batch, **options))
+            except torch.cuda.OutOfMemoryError:
+                batch //= 2
+                if not batch: raise
+            gc.collect(); torch.cuda.empty_cache()
+    return rows

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Views', 'stability_views', 'stability_config', 'stability_teacher', 'StudentOptions', 'Setting', 'forget',
-           'student', 'rates', 'image_order', 'is_ssm', 'Prepared', 'Trial', 'side_by_side', 'replay', 'Outcome',
-           'run_trials', 'relapse', 'measures', 'stability_search', 'stability_run', 'spread', 'stability_table',
-           'stability_verdict', 'stability_figure']
+           'student', 'rates', 'image_order', 'is_ssm', 'Prepared', 'Trial', 'record', 'replay', 'Outcome',
+           'run_trials', 'run_kept', 'run_groups', 'relapse', 'measures', 'stability_search', 'stability_run', 'spread',
+           'stability_table', 'stability_verdict', 'stability_figure']
 
 # %% ../nbs/14d_stability.ipynb #69e5a931
 import math
+import pickle
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from .ablation import full_jobs, run_beside
 from .core import GroupMamba
 from .data import Options, UserError, make_dataset, make_loader, open_data, option, set_epoch
 from .distill import DistillLoss, Teacher, base_loss, make_teacher
@@ -226,29 +230,30 @@ class Trial(Prepared):
         return torch.cat(hits).double().mean().item()
 
 # %% ../nbs/14d_stability.ipynb #53ba3022
-def side_by_side(
-    trials:Sequence[Trial], # all move on by one step
-    streams:Sequence, # one CUDA stream each
-):
-    "One step of every trial, each on its stream; the current stream waits for all."
-    here = torch.cuda.current_stream()
-    for trial, stream in zip(trials, streams):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream): trial.step()
-    for stream in streams: here.wait_stream(stream)
+def record(
+    trial, # on CUDA, freshly made
+    stream, # a CUDA stream of its own
+    first:int=2, # steps done in the ordinary way, so that kernels are built and buffers made
+): # the graph
+    "The next step of a trial as a CUDA graph."
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(first): trial.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream): trial.step()
+    return graph
 
 def replay(
     trials:Sequence[Trial], # on CUDA, freshly made, with the same number of steps
-    first:int=3, # steps done in the ordinary way, so that kernels are built and buffers made
+    first:int=2, # steps done in the ordinary way
 ):
-    "Run trials to their end as replays of one CUDA graph."
+    "Run trials to their end as replays of their graphs, side by side."
     streams = [torch.cuda.Stream() for _ in trials]
-    torch.cuda.synchronize()
-    for _ in range(first): side_by_side(trials, streams)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): side_by_side(trials, streams)
-    for _ in range(trials[0].setting.steps - first): graph.replay()
+    graphs = [record(trial, stream, first) for trial, stream in zip(trials, streams)]
+    for _ in range(trials[0].setting.steps - first):
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream): graph.replay()
     torch.cuda.synchronize()
 
 # %% ../nbs/14d_stability.ipynb #e034fc2e
@@ -261,20 +266,55 @@ class Outcome(NamedTuple):
     accuracy:float # on the validation images
 
 def run_trials(
-    trials:Iterable[Trial], # may be made as they are asked for; all with the same number of steps
-    together:int=12, # how many a GPU is given at once
+    trials:Iterable[Trial], # all with the same number of steps
 )->list: # `Outcome`s
-    "Run trials to their end. Raises `ValueError` when they differ in steps."
-    trials, outcomes = iter(trials), []
-    while chunk := list(islice(trials, together)):
-        steps = sorted({t.setting.steps for t in chunk})
-        if len(steps) > 1: raise ValueError(f"trials must have the same number of steps, got {steps}")
-        if chunk[0].device.type == 'cuda' and steps[0] > 3: replay(chunk)
-        else:
-            for trial in chunk:
-                for _ in range(steps[0]): trial.step()
-        outcomes += [Outcome(t.setting, t.arm, t.seed, t.log.double().cpu().numpy(), t.accuracy()) for t in chunk]
-    return outcomes
+    "Run trials to their end, on a GPU at once. Raises `ValueError` when they differ in steps."
+    trials = list(trials)
+    steps = sorted({t.setting.steps for t in trials})
+    if len(steps) > 1: raise ValueError(f"trials must have the same number of steps, got {steps}")
+    if trials[0].device.type == 'cuda' and steps[0] > 2: replay(trials)
+    else:
+        for trial in trials:
+            for _ in range(steps[0]): trial.step()
+    return [Outcome(t.setting, t.arm, t.seed, t.log.double().cpu().numpy(), t.accuracy()) for t in trials]
+
+# %% ../nbs/14d_stability.ipynb #14dspread1
+@lru_cache(1)
+def _kept(folder):
+    views, teacher = pickle.loads((Path(folder)/'kept').read_bytes())
+    return Views(*views), teacher
+
+def run_kept(
+    name, # of the group
+    trials:Sequence, # (fields of `Setting`, arm, seed) of each
+    folder:str, # with the views and the teacher
+)->list: # `Outcome`s
+    "A group of trials in a process of its own."
+    views, teacher = _kept(folder)
+    return run_trials([Trial(Setting(**s), arm, seed, views, teacher) for s, arm, seed in trials])
+
+def run_groups(
+    groups:Mapping, # name: list of (setting, arm, seed), which are run at once
+    views:Views, # images
+    teacher:Teacher|None=None, # for the arm `teacher`
+    jobs:int|None=None, # processes; 0: this one; None: 0 on a CPU, else `full_jobs`
+    limit:float=math.inf, # seconds after which the groups that are not done are left out
+)->dict: # name: list of `Outcome`
+    "Run groups of trials. Raises what a trial raised."
+    from groupmamba.stability import run_kept                      # another process cannot find what a notebook defines
+    begun, done = time.monotonic(), {}
+    if jobs is None: jobs = full_jobs() if views.train.is_cuda else 0
+    if jobs == 0:
+        for name, trials in groups.items():
+            if time.monotonic() - begun < limit: done[name] = run_trials([Trial(*t, views, teacher) for t in trials])
+        return done
+    with TemporaryDirectory() as folder:
+        (Path(folder)/'kept').write_bytes(pickle.dumps((tuple(views), teacher)))
+        calls = [(run_kept, name, [(asdict(s), arm, seed) for s, arm, seed in trials], folder) for name, trials in groups.items()]
+        for (_, name, *_), result in run_beside(calls, jobs, until=begun + limit):
+            if isinstance(result, Exception) and not isinstance(result, TimeoutError): raise result
+            if not isinstance(result, Exception): done[name] = result
+    return {name: done[name] for name in groups if name in done}
 
 # %% ../nbs/14d_stability.ipynb #1da7a8b0
 def relapse(
@@ -304,11 +344,10 @@ def stability_search(
     changes:Mapping, # name: {field of `Setting`: value}
     views:Views, # images
     seeds:Sequence[int]=range(3), # of each
-    together:int=12, # as in `run_trials`
+    **options, # of `run_groups`: jobs, limit
 )->dict: # name: list of `Outcome`
     "Runs of the arm `labels` under every change."
-    outcomes = run_trials((Trial(replace(base, **c), 'labels', seed, views) for c in changes.values() for seed in seeds), together)
-    return {name: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, name in enumerate(changes)}
+    return run_groups({name: [(replace(base, **c), 'labels', seed) for seed in seeds] for name, c in changes.items()}, views, **options)
 
 def stability_run(
     setting:Setting, # under which all arms run
@@ -316,11 +355,11 @@ def stability_run(
     teacher:Teacher|None=None, # for the arm `teacher`
     arms:Sequence[str]=ARMS, # who teaches
     seeds:Sequence[int]=range(5), # each arm runs with each
-    together:int=12, # as in `run_trials`
+    **options, # of `run_groups`: jobs, limit
 )->dict: # arm: list of `Outcome`, in the order of the seeds
     "Fig. 5: the arms under one setting, with the same first weights and images for the same seed."
-    outcomes = run_trials((Trial(setting, arm, seed, views, teacher) for arm in arms for seed in seeds), together)
-    return {arm: outcomes[i*len(seeds):(i + 1)*len(seeds)] for i, arm in enumerate(arms)}
+    done = run_groups({seed: [(setting, arm, seed) for arm in arms] for seed in seeds}, views, teacher, **options)
+    return {arm: [outcomes[i] for outcomes in done.values()] for i, arm in enumerate(arms)}
 
 # %% ../nbs/14d_stability.ipynb #06f66080
 def spread(
