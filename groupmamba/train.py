@@ -496,11 +496,11 @@ def forward(run:Run, # its model, loss, teacher and mixup
     if cfg.channels_last: images = images.contiguous(memory_format=torch.channels_last)
     i = (run.step - run.epoch*run.steps)*cfg.accumulate + part
     images, targets = mix(run.mixup, images, targets, seed=cfg.seed, epoch=run.epoch, step=i, rank=fabric.global_rank)
-    outputs = run.model(images)
+    answers = ()
     if run.teacher:
-        with fabric.autocast(): answers = run.teacher(images)
-        loss = run.criterion(outputs, targets, answers)
-    else: loss = run.criterion(outputs, targets)
+        with fabric.autocast(): answers = (run.teacher(images),)
+    outputs = run.model(images)
+    loss = run.criterion(outputs, targets, *answers)
     logits = sum(outputs)/2 if isinstance(outputs, tuple) else outputs
     right = logits.detach().argmax(-1) == (targets if targets.ndim == 1 else targets.argmax(-1))
     return loss, right.sum()
@@ -963,9 +963,9 @@ def estimate(run:Run, # from `prepare`
     model, inputs = fabric.to_device(run.model).train(), run.task.noise(cfg, n, device)
     for _ in range(3): # the last one counts: the first ones start things up
         start = time.perf_counter()
-        kept, outputs = kept_for_backward(model, inputs, fabric.autocast)
         if run.teacher:
             with fabric.autocast(): run.teacher.to(device)(inputs[0])
+        kept, outputs = kept_for_backward(model, inputs, fabric.autocast)
         outputs = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else (outputs,) # losses by name, two heads, or one
         sum(o.float().square().sum() for o in outputs).backward()
         if device.type == 'cuda': torch.cuda.synchronize()
