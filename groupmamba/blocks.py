@@ -132,6 +132,8 @@ PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
 # %% ../nbs/02c_blocks.ipynb #02c0002a
 def _units(units, c): return dict(UNIT=units[0], WIDE=units[1]) if units else dict(UNIT=c, WIDE=c)
 
+def _stages(x, n): return n if x.itemsize <= 4 else 1                           # 64 bits: a block loaded ahead would not fit
+
 def _tiles(x, plan):
     "(B, L, C), rows and warps a program, tiles an image, further numbers of the plan."
     b, l, c = len(x), x.shape[1]*x.shape[2], x.shape[3]
@@ -272,7 +274,7 @@ def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     with _on(a): _rows_gemm[(_cdiv(m, bm)*_cdiv(n, bn),)](
         a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
         HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
-        num_warps=warps, num_stages=stages)
+        num_warps=warps, num_stages=_stages(a, stages))
     return y
 
 # %% ../nbs/02c_blocks.ipynb #02c00024
@@ -282,7 +284,7 @@ def _wide(a, stats, norm, w, bias, y, units=None):
     bm, bn, warps, stages = PLANS['wide'](n, k)
     with _on(a): _rows_wide[(_cdiv(m, bm),)](
         a, stats, gain, shift, w, a if bias is None else bias, y, m, n, k, eps, *w.stride(), BM=bm, BN=bn, BK=_p2(k), NORM=norm is not None,
-        HAS_BIAS=bias is not None, **_units(units, k), **_types(a), num_warps=warps, num_stages=stages)
+        HAS_BIAS=bias is not None, **_units(units, k), **_types(a), num_warps=warps, num_stages=_stages(a, stages))
     return y
 
 # %% ../nbs/02c_blocks.ipynb #02c00025
@@ -434,7 +436,7 @@ def _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
         tiles = _cdiv(l, rows)
         with _on(x): _rows_out[(len(x)*tiles,)](
             *given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c), SCALE=scale is not None,
-            **groups, **_types(x), num_warps=warps, num_stages=stages)
+            **groups, **_types(x), num_warps=warps, num_stages=_stages(x, stages))
         return y, x.new_empty(0), stats.new_empty(0, 2)
     b, l, c, bm, warps, tiles = _tiles(x, 'rows_mix')
     t = _new(x)
@@ -567,7 +569,7 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
     shares = a.new_empty(_cdiv(m, rows), blocks*n*k + n*bias, dtype=_state_dtype(a))
     with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](
         dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves,
-        BIAS=bias, **_types(a), num_warps=warps, num_stages=stages)
+        BIAS=bias, **_types(a), num_warps=warps, num_stages=_stages(a, stages))
     return (shares[:,:n*k], shares[:,n*k:]) if bias else shares
 
 # %% ../nbs/02c_blocks.ipynb #02c0011b
