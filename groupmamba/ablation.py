@@ -53,7 +53,7 @@ def register(
         if pretrained: raise RuntimeError(f'no weights are published for {name}')
         return timm.create_model(base, **{**options, **kwargs})
     build.__name__ = name
-    register_model(build)
+    globals()[name] = register_model(build)                        # timm counts the name among what the module offers
 
 def nano(variant): return 'groupmamba_nano' + ('' if variant == 'full' else f'_{variant}')
 
