@@ -7,10 +7,10 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
            'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded',
            'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
-           'teacher_file', 'learn', 'read_runs', 'wanted', 'visible_gpus', 'run_beside', 'lesson_calls', 'learn_all',
-           'run_here', 'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns',
-           'table1', 'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods',
-           'draw_figure1', 'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
+           'teacher_file', 'learn', 'read_runs', 'wanted', 'run_beside', 'lesson_calls', 'learn_all', 'run_here',
+           'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1',
+           'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1',
+           'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
 import gc, io, logging, math, os, shutil, statistics, time, warnings
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .bench import step_times
 from .blocks import plain_form
 from .core import TABLE6
-from .data import Options, UserError, cache_dir, make_dataset, open_data, option, read_table
+from .data import Options, UserError, cache_dir, make_dataset, open_data, option, read_table, usable_cores, visible_gpus
 from .grouped import EIGHT
 from .released import SIZES
 from .train import die_with_parent, fit, make_config, make_parser, replacing, run_cli, setup, write_csv
@@ -404,11 +404,6 @@ def wanted(
     return sorted(todo, key=lambda t: t[1] != 'teacher')
 
 # %% ../nbs/14_ablation.ipynb #a14beside
-def visible_gpus()->list[str]: # as CUDA_VISIBLE_DEVICES names them
-    "The GPUs that this process may use."
-    given = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return [str(i) for i in range(torch.cuda.device_count())] if given is None else [v for v in given.split(',') if v]
-
 def _take_gpu(counter, gpus): # the first thing that a new process does
     with counter.get_lock(): i = counter.value; counter.value += 1
     if gpus: os.environ['CUDA_VISIBLE_DEVICES'] = gpus[i % len(gpus)]
@@ -722,8 +717,7 @@ def picture(what, rows, lab):
 
 def full_jobs()->int: # processes
     "Eight for each GPU, as long as there are two cores for each."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(8*max(1, torch.cuda.device_count()), cores//2))
+    return max(1, min(8*max(1, torch.cuda.device_count()), usable_cores()//2))
 
 def ablate(
     cfg:AblateConfig, # what to make

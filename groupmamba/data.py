@@ -13,8 +13,8 @@ __all__ = ['N_DIGITS', 'KINDS', 'IMAGE_EXTENSIONS', 'SPLITS', 'TEXT', 'POLICY', 
            'write_shard', 'write_shards', 'shard_plan', 'folder_to_shards', 'write_table', 'read_table', 'from_all',
            'BadFiles', 'read_sample', 'check_images', 'posterize', 'mend_posterize', 'make_transform', 'seeded',
            'ImageData', 'make_dataset', 'make_mixup', 'mix', 'EpochSampler', 'collate', 'ImageLoader', 'make_loader',
-           'set_epoch', 'grain', 'draw_picture', 'DrawnClass', 'usable_cores', 'draw_imagenet_like', 'measure_loader',
-           'tool_cli', 'shards_cli', 'draw_cli']
+           'set_epoch', 'grain', 'draw_picture', 'DrawnClass', 'usable_cores', 'visible_gpus', 'draw_imagenet_like',
+           'measure_loader', 'tool_cli', 'shards_cli', 'draw_cli']
 
 # %% ../nbs/09_data.ipynb #98b5e712
 import argparse, copy, csv, glob, hashlib, io, itertools, json, math, os, random, re, tarfile, tempfile, time
@@ -1055,6 +1055,11 @@ class DrawnClass(Dataset):
 def usable_cores()->int: # at least 1
     "Cores that this process may use: fewer than the machine has, where a scheduler or `taskset` says so."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+def visible_gpus()->list[str]: # as CUDA_VISIBLE_DEVICES names them
+    "The GPUs that this process may use."
+    given = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return [str(i) for i in range(torch.cuda.device_count())] if given is None else [v for v in given.split(',') if v]
 
 def draw_imagenet_like(folder, # does not exist yet
                        classes:int=1000, # how many

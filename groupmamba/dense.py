@@ -25,7 +25,7 @@ from PIL import Image
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from .data import BadFiles, FolderReader, ImageData, Options, UserError, cache_dir, make_loader, names, option, stable_hash
+from .data import BadFiles, FolderReader, ImageData, Options, UserError, cache_dir, make_loader, names, option, stable_hash, visible_gpus
 from .released import CheckpointError, from_released, read_checkpoint
 from .train import Task, ignore_signals, load_checkpoint, make_parser, part_size, pick_weights, run_cli, train_command
 
@@ -393,7 +393,7 @@ class Spared:
 def own_gpu(i:int, # number of the process
             )->dict: # environment for it
     "Process `i` sees one of the GPUs that this process sees, in turn, and computes with one CPU thread."
-    gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+    gpus = visible_gpus() or ['']
     return os.environ | dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)], OMP_NUM_THREADS='1')
 
 # %% ../nbs/12_dense.ipynb #a961e587

@@ -115,9 +115,12 @@ class Teacher:
         m_s, s_s, m_t, s_t = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (student_mean, student_std, mean, std))
         self.scale, self.shift = (s_s/s_t).float(), ((m_s - m_t)/s_t).float()
         self.same = torch.equal(m_s, m_t) and torch.equal(s_s, s_t)
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last                              # a format itself does not find its way into another process
         self.model = model.eval().requires_grad_(False).to(memory_format=self.layout)
         if compile: self.model = torch.compile(self.model)
+
+    @property
+    def layout(self): return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @torch.no_grad()
     def __call__(self,
