@@ -7,9 +7,9 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
            'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded',
            'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
-           'teacher_file', 'learn', 'read_runs', 'wanted', 'run_beside', 'lesson_calls', 'learn_all', 'run_here',
-           'learn_beside', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1',
-           'lessons_of', 'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1',
+           'teacher_file', 'learn', 'read_runs', 'wanted', 'run_beside', 'lesson_calls', 'run_here', 'learn_beside',
+           'learn_all', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1', 'lessons_of',
+           'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1',
            'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
@@ -435,7 +435,7 @@ def run_beside(
         if going:                                                  # a politely asked trainer would save, and its process take the next call
             for p in set(active_children()) - others: p.kill()
 
-# %% ../nbs/14_ablation.ipynb #a14learnall
+# %% ../nbs/14_ablation.ipynb #a14lcalls
 def lesson_calls(todo, out, views, epochs):
     "The calls of `learn`, those of `see` that they need before, and which may begin."
     from groupmamba import ablation                                # by its name: what a notebook defines, another process cannot find
@@ -448,27 +448,7 @@ def lesson_calls(todo, out, views, epochs):
         return taught and all(view_file(*c[-1:], *c[2:4]).exists() for c in looks if c[2] == seed)
     return looks + [(ablation.learn, *job, out, views if epochs else None) for job in todo], ready
 
-def learn_all(
-    todo:list[tuple], # from `wanted`
-    out:str|Path, # folder of `runs.csv`
-    jobs:int=0, # processes; 0: this one
-    until:float=math.inf, # as in `run_beside`; not for this process
-)->dict: # all finished runs, as `read_runs`
-    "Run them; every finished run is kept at once. Without `until` it raises `UserError` if some failed, after the others are done."
-    done, failed, late, out = read_runs(out), [], [], Path(out)
-    for job, result in run_here(todo, out) if jobs == 0 else learn_beside(todo, out, jobs, until):
-        if isinstance(result, TimeoutError): late.append(f'{job[1]} {job[2]}')
-        elif isinstance(result, Exception):
-            failed.append(f'{job[1]}, seed {job[2]}: {result}')
-            print('failed', failed[-1], flush=True)
-        else:
-            done[job] = result
-            write_csv(out/'runs.csv', list(done.values()))
-            if jobs: print('{lesson:12} seed {seed}   top-1 {top1:6.2f}%   {seconds:5.0f} s'.format(**result), flush=True)
-    if late: print('not finished in time:', ', '.join(late))
-    if failed and until == math.inf: raise UserError('; '.join(failed))
-    return done
-
+# %% ../nbs/14_ablation.ipynb #a14lways2
 def run_here(todo, out):
     "One after the other, teachers first: (job, row) of each."
     for job in sorted(todo, key=lambda job: job[1] != 'teacher'): yield job, learn(*job, out)
@@ -481,6 +461,28 @@ def learn_beside(todo, out, jobs, until):
         for (f, *args), result in run_beside(calls, jobs, ready, until):
             if f.__name__ == 'learn': yield tuple(args[:3]), result
             elif isinstance(result, Exception) and not isinstance(result, TimeoutError): raise result
+
+# %% ../nbs/14_ablation.ipynb #a14learnall
+def learn_all(
+    todo:list[tuple], # from `wanted`
+    out:str|Path, # folder of `runs.csv`
+    jobs:int=0, # processes; 0: this one
+    until:float=math.inf, # as in `run_beside`; not for this process
+)->dict: # all finished runs, as `read_runs`
+    "Run them; every finished run is kept at once. Raises `UserError` if some failed, after the others are done."
+    done, failed, late, out = read_runs(out), [], [], Path(out)
+    for job, result in run_here(todo, out) if jobs == 0 else learn_beside(todo, out, jobs, until):
+        if isinstance(result, TimeoutError): late.append(f'{job[1]} {job[2]}')
+        elif isinstance(result, Exception):
+            failed.append(f'{job[1]}, seed {job[2]}: {result}')
+            print('failed', failed[-1], flush=True)
+        else:
+            done[job] = result
+            write_csv(out/'runs.csv', list(done.values()))
+            if jobs: print('{lesson:12} seed {seed}   top-1 {top1:6.2f}%   {seconds:5.0f} s'.format(**result), flush=True)
+    if late: print('not finished in time:', ', '.join(late))
+    if failed: raise UserError('; '.join(failed))
+    return done
 
 # %% ../nbs/14_ablation.ipynb #a14compare
 def scores(

@@ -536,7 +536,7 @@ def _rows_wgrad(dy, a, shares, M, rows, sdy, sa, N: tl.constexpr, K: tl.constexp
     tl.store(shares + (z*N + n[:,None])*K + k[None], acc, mask=in_n[:,None] & in_k[None])
     if BIAS and tl.program_id(0) % nk == 0: tl.store(shares + tl.num_programs(1)*N*K + n, sums, mask=in_n)
 
-# %% ../nbs/02c_blocks.ipynb #02c00026
+# %% ../nbs/02c_blocks.ipynb #02c00126
 @triton.jit
 def _rows_sum(x, shares, M, N, rows, BM: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr):
     "Shares of the sums of columns: of `rows` rows each."
@@ -558,6 +558,7 @@ def _wgrad_whole(dy, a, bias):
     with _on(a): _rows_sum[(_cdiv(n, 128), len(sums))](dy, sums, m, n, 128, BM=32, BN=128, ST=_tl(st), num_warps=4)
     return share, sums
 
+# %% ../nbs/02c_blocks.ipynb #02c00026
 def wgrad(dy, a, bias=False, groups=1, halves=1):
     """Shares (S, numbers) of dyᵀ a in float32, (N, K); with `bias` also of the column sums of dy, (S', N).
     Grouped: dy (M, halves·groups·N) and a (M, groups·K) give (groups·halves·N, K)."""

@@ -93,11 +93,12 @@ class DistillLoss(nn.Module):
 
     def extra_repr(self): return f"kind={self.kind!r}, alpha={self.alpha}, tau={self.tau}"
 
-# %% ../nbs/08_distill.ipynb #4ad82b3e
+# %% ../nbs/08_distill.ipynb #4ad82b3d
 def _per_channel(values, n):
     "As many numbers as there are channels; the average for each if the network was made for another number."
     return tuple(values) if len(values) == n else (sum(values)/len(values),)*n
 
+# %% ../nbs/08_distill.ipynb #4ad82b3e
 class Teacher:
     "A frozen network that answers the student's views. Not a module on purpose: whoever holds it neither saves it nor trains it."
     def __init__(self,

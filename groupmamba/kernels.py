@@ -421,6 +421,53 @@ def _store_sums(ptr, x, b, d, in_d, i, channels, rows, N: tl.constexpr):
     if N == 1: tl.store(ptr + b*rows*channels + d, tl.sum(x, 0), mask=in_d)
     else: tl.store(ptr + ((b*rows + i[:,None])*channels + d[None]), x, mask=in_d[None] & (i[:,None] < N))
 
+# %% ../nbs/02_kernels.ipynb #c3a1f018
+@triton.jit
+def _back_tile(dy, u, dt, shift, gs, us, ts, p0, p1, p2, p3, t, L, end, d, in_d, HAS_BIAS: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr,
+    SOFTPLUS: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr):
+    "Of a tile: Δ before its softplus and after, u, and the gradient of y."
+    raw = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+    x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
+    g = _exist(_read(dy, gs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST), t, L, EVEN)
+    if HAS_BIAS: raw += shift
+    return raw, _exist(_softplus(raw) if SOFTPLUS else raw, t, L, EVEN), x, g
+
+# %% ../nbs/02_kernels.ipynb #c3a1f038
+@triton.jit
+def _back_state(n, tile, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C, p0, p1, p2, p3, t, end, d, in_d, i,
+    N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, HAS_Z: tl.constexpr, ST: tl.constexpr):
+    "What state n adds to the gradients of Δ, u, A, B and C, and to y."
+    An = A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)
+    a = _exp2(delta*(An*_LOG2E))
+    Bt = _matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
+    Ct = _matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
+    w, c, h0 = v*Bt, g*Ct, tl.load(borders + (tile*N + n)*channels + d, mask=in_d, other=0)[None]
+    h0 = tl.broadcast_to(h0, (RUNS, DB))
+    P, S = _local(a, w)
+    h, _last = _enter(P, S, h0, RUNS, False, GATHER)
+    s, s0 = _enter(P, _local_back(a, c), _pick(s_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
+    s_all = _put(s_all, i, n, s0, N, RUNS)
+    h, q = _global(a, w, h), _global_back(a, c, s)
+    if HAS_Z: out += h*Ct
+    f = q*(h - w)                                                # q_t a_t h_{t-1}, the gradient of Δ_t A
+    if VAR_C: _write_sums(dC + n, channels//per_C*N, g*h, p0, p1, p2, p3, t, end)
+    else: sum_C = _add_to(sum_C, i, n, g*h, N)
+    if VAR_B: _write_sums(dB + n, channels//per_B*N, q*v, p0, p1, p2, p3, t, end)
+    else: sum_B = _add_to(sum_B, i, n, q*v, N)
+    sum_A = _add_to(sum_A, i, n, f*delta, N)
+    q *= Bt
+    return s_all, sum_A, sum_B, sum_C, dd + (f*An + q*x), dx + q*delta, out
+
+# %% ../nbs/02_kernels.ipynb #c3a1f048
+@triton.jit
+def _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D, sum_bias, b, d, in_d, i, channels, rows, N: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr):
+    "The sums of what does not vary with time."
+    _store_sums(dA, sum_A, b, d, in_d, i, channels, rows, N)
+    if not VAR_B: _store_sums(dB, sum_B, b, d, in_d, i, channels, rows, N)
+    if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, rows, N)
+    if dD is not None: tl.store(dD + b*rows*channels + d, tl.sum(sum_D, 0), mask=in_d)
+    if dbias is not None: tl.store(dbias + b*rows*channels + d, tl.sum(sum_bias, 0), mask=in_d)
+
 # %% ../nbs/02_kernels.ipynb #c3a1f008
 @triton.jit
 def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
@@ -430,7 +477,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     "The tiles of `_forward_kernel`, last one first; the states of a tile are made again from the one at its border."
     b, block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
-    end = K*4*RUNS if EVEN else L
+    end, i1 = K*4*RUNS if EVEN else L, tl.arange(0, RUNS)*0 if N == 1 else i
     dy += b*gb; u += b*ub; dt += b*tb; du += b*xb; ddt += b*eb
     if SAME: gs = us; ts = us; xs = us; es = us
     gs *= ALIGN; us *= ALIGN; ts *= ALIGN; zs *= ALIGN; xs *= ALIGN; es *= ALIGN; ws *= ALIGN
@@ -438,59 +485,29 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
     if VAR_B: dB = _share(dB, b, block, first, L, channels, unit, per_unit, per_B, size_B, N)
     if VAR_C: dC = _share(dC, b, block, first, L, channels, unit, per_unit, per_C, size_C, N)
-    i1 = tl.arange(0, RUNS)*0 if N == 1 else i
     s_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # a·q of the first step after the tile
     if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
-    sum_A = tl.zeros((RUNS if N == 1 else NP, DB), ST); sum_B = sum_A; sum_C = sum_A
-    sum_D = tl.zeros((RUNS, DB), ST); sum_bias = sum_D
-    if N == 1: A0 = _load_row(A, d, in_d, ST)
-    if D is not None: skip = _load_row(D, d, in_d, ST)
-    if bias is not None: shift = _load_row(bias, d, in_d, ST)
+    sum_A, sum_D = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((RUNS, DB), ST)
+    sum_B, sum_C, sum_bias, A0 = sum_A, sum_A, sum_D, _load_row(A, d*N, in_d, ST)
+    skip, shift = _load_row(D, d, in_d, ST) if D is not None else 0., _load_row(bias, d, in_d, ST) if bias is not None else 0.
     for j in tl.range(K, num_stages=STAGES):
         k = K - 1 - j
         t = (k*RUNS + tl.arange(0, RUNS))*4
         p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
-        raw = _read(dt, ts, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
-        x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
-        g = _exist(_read(dy, gs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST), t, L, EVEN)
-        if bias is not None: raw += shift
-        delta = _exist(_softplus(raw) if SOFTPLUS else raw, t, L, EVEN)
+        raw, delta, x, g = _back_tile(dy, u, dt, shift, gs, us, ts, p0, p1, p2, p3, t, L, end, d, in_d, bias is not None, RUNS, DB, FULL, EVEN, SOFTPLUS, MAP, ST)
         if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST))
         if D is not None: sum_D += tl.sum(g*x, 2)
-        if z is not None: out = x*skip if D is not None else x*0
-        v, dd, dx = delta*x, x*0, g*skip if D is not None else x*0
+        v, dd, dx, out = delta*x, x*0, g*skip if D is not None else x*0, x*skip if D is not None else x*0
         for n in range(N):
-            An = A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)
-            a = _exp2(delta*(An*_LOG2E))
-            Bt = _matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
-            Ct = _matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
-            w, c, h0 = v*Bt, g*Ct, tl.load(borders + ((b*K + k)*N + n)*channels + d, mask=in_d, other=0)[None]
-            h0 = tl.broadcast_to(h0, (RUNS, DB))
-            P, S = _local(a, w)
-            h, _last = _enter(P, S, h0, RUNS, False, GATHER)
-            s, s0 = _enter(P, _local_back(a, c), _pick(s_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
-            s_all = _put(s_all, i, n, s0, N, RUNS)
-            h, q = _global(a, w, h), _global_back(a, c, s)
-            if z is not None: out += h*Ct
-            f = q*(h - w)                                        # q_t a_t h_{t-1}, the gradient of Δ_t A
-            if VAR_C: _write_sums(dC + n, channels//per_C*N, g*h, p0, p1, p2, p3, t, end)
-            else: sum_C = _add_to(sum_C, i, n, g*h, N)
-            if VAR_B: _write_sums(dB + n, channels//per_B*N, q*v, p0, p1, p2, p3, t, end)
-            else: sum_B = _add_to(sum_B, i, n, q*v, N)
-            sum_A = _add_to(sum_A, i, n, f*delta, N)
-            q *= Bt
-            dd += f*An + q*x
-            dx += q*delta
+            s_all, sum_A, sum_B, sum_C, dd, dx, out = _back_state(
+                n, b*K + k, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C,
+                p0, p1, p2, p3, t, end, d, in_d, i, N, RUNS, DB, GATHER, VAR_B, VAR_C, z is not None, ST)
         if SOFTPLUS: dd *= _sigmoid(raw)
         if bias is not None: sum_bias += tl.sum(_exist(dd, t, L, EVEN), 2)
         _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
-    _store_sums(dA, sum_A, b, d, in_d, i, channels, rows, N)
-    if not VAR_B: _store_sums(dB, sum_B, b, d, in_d, i, channels, rows, N)
-    if not VAR_C: _store_sums(dC, sum_C, b, d, in_d, i, channels, rows, N)
-    if D is not None: tl.store(dD + b*rows*channels + d, tl.sum(sum_D, 0), mask=in_d)
-    if bias is not None: tl.store(dbias + b*rows*channels + d, tl.sum(sum_bias, 0), mask=in_d)
+    _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D, sum_bias, b, d, in_d, i, channels, rows, N, VAR_B, VAR_C)
 
 # %% ../nbs/02_kernels.ipynb #e215fe9a
 @triton.jit
