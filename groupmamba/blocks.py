@@ -10,13 +10,15 @@ __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'nor
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
+from .launch import launch, recorded
 from .scan import _is_exporting, _pick, _scan_flops, _state_dtype
 from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
@@ -26,7 +28,7 @@ if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, c
 else:
     import triton
     import triton.language as tl
-    from groupmamba.kernels import WALKS, _on
+    from groupmamba.kernels import WALKS
 
 # %% ../nbs/02c_blocks.ipynb #02c00028
 def widened(
@@ -64,7 +66,8 @@ def _p2(n, least=16): return max(least, _pow2(n))
 
 def _types(x):
     "Dtypes of sums and of products' factors. (Triton's interpreter knows no bfloat16 products.)"
-    return dict(ST=_tl(_state_dtype(x)), DT=_tl(x.dtype if x.is_cuda else _state_dtype(x)))
+    st = _state_dtype(x)
+    return dict(ST=_tl(st), DT=_tl(x.dtype if x.is_cuda else st))
 
 # %% ../nbs/02c_blocks.ipynb #02c0001f
 @triton.jit
@@ -87,9 +90,11 @@ def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT
 # %% ../nbs/02c_blocks.ipynb #02c00029
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensions of a block's matrices consist of groups
 
-def _wide_shapes(params, unit, wide, dims):
-    shapes = (p.shape for p in params)
+@lru_cache(4096)
+def _widened_shapes(shapes, unit, wide, dims):
     return [(n//unit*wide if 0 in d else n, k//unit*wide if 1 in d else k) for (n, k), d in zip(shapes, dims)]
+
+def _wide_shapes(params, unit, wide, dims): return _widened_shapes(tuple([p.shape for p in params]), unit, wide, dims)
 
 def _ready(params, dtype, unit, wide, dims):
     "Two or three matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
@@ -97,7 +102,7 @@ def _ready(params, dtype, unit, wide, dims):
     sizes, ps = [n*k for n, k in shapes], [p.contiguous() for p in params]
     out = ps[0].new_empty(sum(sizes), dtype=dtype)
     more = [ps[0]] if len(ps) == 2 else []
-    with _on(out): _all_wider[(_cdiv(max(sizes), 1024), len(ps))](
+    launch(_all_wider, (_cdiv(max(sizes), 1024), len(ps)),
         *ps, *more, out, *(s for shape in shapes for s in shape), *(0, 1)*len(more),
         DIMS=sum((1 << i) << 2*j for j, d in enumerate(dims) for i in d), UNIT=unit, WIDE=wide, BLOCK=1024)
     return out
@@ -210,8 +215,8 @@ def norm_rows(x, gain, shift, eps, units=None):
     "LayerNorm of rows (M, C), and their mean and 1/deviation (M, 2). units: channels of a group and the room they take."
     (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
     y, stats = torch.empty_like(x), x.new_empty(m, 2, dtype=_state_dtype(x))
-    with _on(x): _rows_norm[(_cdiv(m, bm),)](x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
-                                                   ST=_tl(_state_dtype(x)), num_warps=warps)
+    launch(_rows_norm, (_cdiv(m, bm),), x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
+            ST=_tl(_state_dtype(x)), num_warps=warps)
     return y, stats
 
 # %% ../nbs/02c_blocks.ipynb #02c00014
@@ -271,7 +276,7 @@ def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
     if k <= 128 and n >= 4*k and res is None and scale is None and units is None: return _wide(a, a, None, w, bias, y)
     bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
     given = [a if p is None else p for p in (bias, res, scale)]          # a kernel wants a pointer, even one it does not follow
-    with _on(a): _rows_gemm[(_cdiv(m, bm)*_cdiv(n, bn),)](
+    launch(_rows_gemm, (_cdiv(m, bm)*_cdiv(n, bn),),
         a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
         HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
         num_warps=warps, num_stages=_stages(a, stages))
@@ -282,7 +287,7 @@ def _wide(a, stats, norm, w, bias, y, units=None):
     "y = norm(a) wᵀ + bias for rows of at most 128 columns."
     (m, k), n, (gain, shift, eps) = a.shape, w.shape[0], norm or (a, a, 0.)
     bm, bn, warps, stages = PLANS['wide'](n, k)
-    with _on(a): _rows_wide[(_cdiv(m, bm),)](
+    launch(_rows_wide, (_cdiv(m, bm),),
         a, stats, gain, shift, w, a if bias is None else bias, y, m, n, k, eps, *w.stride(), BM=bm, BN=bn, BK=_p2(k), NORM=norm is not None,
         HAS_BIAS=bias is not None, **_units(units, k), **_types(a), num_warps=warps, num_stages=_stages(a, stages))
     return y
@@ -371,12 +376,10 @@ def _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide):
     def new(*s): return x.new_empty(*s, dtype=st)
     zx, stats, sums, mean, gate = x.new_empty(*x.shape[:3], 2*c), new(b*l, 2), new(b*tiles, c), new(b, c), new(b, c)
     given = x, gain, shift, w_in, zx, sums, stats, l, c, eps, tiles
-    with _on(x):
-        if PLANS['whole'](c): _rows_in_whole[(b*tiles,)](*given, BM=bm, CP=_p2(c), **groups, **types, num_warps=warps)
-        else: _rows_in[(b*tiles, c//wide//gp)](*given, BM=bm, BC=min(128, _p2(c)), UP=_p2(wide), GP=gp, **groups, **types, num_warps=warps,
-                                               num_stages=1)
-        _gate[(b,)](sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'],
-                    num_warps=8)
+    if PLANS['whole'](c): launch(_rows_in_whole, (b*tiles,), *given, BM=bm, CP=_p2(c), **groups, **types, num_warps=warps)
+    else: launch(_rows_in, (b*tiles, c//wide//gp), *given, BM=bm, BC=min(128, _p2(c)), UP=_p2(wide), GP=gp, **groups, **types, num_warps=warps,
+            num_stages=1)
+    launch(_gate, (b,), sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'], num_warps=8)
     return zx, stats, mean, gate
 
 # %% ../nbs/02c_blocks.ipynb #02c0011a
@@ -434,13 +437,13 @@ def _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
         y, (bm, share, warps, stages) = _new(x), PLANS['rows_out'](c, l)
         rows = _cdiv(_cdiv(l, share), bm)*bm
         tiles = _cdiv(l, rows)
-        with _on(x): _rows_out[(len(x)*tiles,)](
+        launch(_rows_out, (len(x)*tiles,),
             *given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c), SCALE=scale is not None,
             **groups, **_types(x), num_warps=warps, num_stages=_stages(x, stages))
         return y, x.new_empty(0), stats.new_empty(0, 2)
     b, l, c, bm, warps, tiles = _tiles(x, 'rows_mix')
     t = _new(x)
-    with _on(x): _rows_mix[(b*tiles, c//wide)](*given, t, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **_types(x), num_warps=warps)
+    launch(_rows_mix, (b*tiles, c//wide), *given, t, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **_types(x), num_warps=warps)
     tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
     return gemm(tn, w, bias, _rows(x), scale, l, units).view_as(x), t, tstats
 
@@ -508,7 +511,7 @@ def norm_back(g, x, stats, gain, part, res=None, units=None):
     (m, c), (bm, warps) = x.shape, PLANS['norm_back'](x.shape[1])
     rows = _cdiv(_cdiv(m, len(part)), bm)*bm
     dx = torch.empty_like(x)
-    with _on(x): _rows_norm_back[(len(part),)](
+    launch(_rows_norm_back, (len(part),),
         g, x, stats, gain, x if res is None else res, dx, part, m, c, rows, **_units(units, c), BM=bm, CP=_p2(c), RES=res is not None,
         ST=_tl(_state_dtype(x)), num_warps=warps)
     return dx
@@ -555,7 +558,7 @@ def _wgrad_whole(dy, a, bias):
         if a.is_cuda and a.dtype != st: torch.ops.aten.mm.dtype_out(dy.t(), a, st, out=product)      # 16 bits in, 32 out
         else: torch.mm(dy.t().to(st), a.to(st), out=product)
     if not bias: return share
-    with _on(a): _rows_sum[(_cdiv(n, 128), len(sums))](dy, sums, m, n, 128, BM=32, BN=128, ST=_tl(st), num_warps=4)
+    launch(_rows_sum, (_cdiv(n, 128), len(sums)), dy, sums, m, n, 128, BM=32, BN=128, ST=_tl(st), num_warps=4)
     return share, sums
 
 # %% ../nbs/02c_blocks.ipynb #02c00026
@@ -568,7 +571,7 @@ def wgrad(dy, a, bias=False, groups=1, halves=1):
     tiles, blocks = _cdiv(n, bn)*_cdiv(k, bk), groups*halves
     rows = _cdiv(_cdiv(m, max(1, min(264//(tiles*blocks), m//256))), bt)*bt
     shares = a.new_empty(_cdiv(m, rows), blocks*n*k + n*bias, dtype=_state_dtype(a))
-    with _on(a): _rows_wgrad[(tiles, blocks, len(shares))](
+    launch(_rows_wgrad, (tiles, blocks, len(shares)),
         dy, a, shares, m, rows, dy.stride(0), a.stride(0), N=n, K=k, C=groups*n, SIZE=shares.shape[1], BT=bt, BN=bn, BK=bk, HALVES=halves,
         BIAS=bias, **_types(a), num_warps=warps, num_stages=_stages(a, stages))
     return (shares[:,:n*k], shares[:,n*k:]) if bias else shares
@@ -629,10 +632,10 @@ def _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps
     given, meta = (v, x, stats, gain, shift, w_out, skip, gate), _units(units, c) | _types(x) | dict(BM=bm, num_warps=warps)
     if whole:
         tn = torch.empty_like(ds)
-        with _on(x): _rows_out_back[(b*tiles,)](ds, *given, w, do, dv, dxn, tn, sums, l, c, tiles, eps, CP=_p2(c), **meta)
+        launch(_rows_out_back, (b*tiles,), ds, *given, w, do, dv, dxn, tn, sums, l, c, tiles, eps, CP=_p2(c), **meta)
     else:
         tn, dt = norm_rows(_rows(t), gain, shift, eps, units)[0], norm_back(gemm(ds, w.t()), _rows(t), tstats, gain, part, units=units)
-        with _on(x): _rows_mix_back[(b*tiles, c//wide)](dt, *given, do, dv, dxn, sums, l, c, tiles, UP=_p2(wide), **meta)
+        launch(_rows_mix_back, (b*tiles, c//wide), dt, *given, do, dv, dxn, sums, l, c, tiles, UP=_p2(wide), **meta)
     return do, dv, _rows(dxn), tn, sums
 
 # %% ../nbs/02c_blocks.ipynb #02c00018
@@ -665,8 +668,8 @@ def _gate_grads(sums, x, mean, gate, w1, b1, w2, skip, unit, part):
     (b, tiles, n, c), r, l = sums.shape, len(b1), x.shape[1]*x.shape[2]
     real = w1.shape[1]
     dmean, h, dh, d, m, dskip = (sums.new_empty(b, k) for k in (c, r, r, real, real, 1))
-    with _on(x): _gate_back[(b,)](sums, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, part, l, c, r, tiles, SHARES=n,
-                                  CP=_p2(c), RP=_p2(r), UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
+    launch(_gate_back, (b,), sums, mean, gate, w1, b1, w2, skip, dmean, h, dh, d, m, dskip, part, l, c, r, tiles, SHARES=n,
+            CP=_p2(c), RP=_p2(r), UNIT=unit, WIDE=unit*c//real, ST=_tl(_state_dtype(x)), num_warps=8)
     return dmean, (h, dh, d, m), dskip
 
 # %% ../nbs/02c_blocks.ipynb #02c0001c
@@ -811,7 +814,7 @@ def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw
     vectors = [c, c, 9*c, c, real*(rank + 2*n), real*rank, n*real, *4*[real], 1, c]
     grid, out = _programs(vectors, (2*c*wide, dw_in), (c*wide, dw_out), (c*c, dw)) + _cdiv(r, 32)*_cdiv(real, 32), _flat(params, norm)
     counts = norm.shape[0]*norm.shape[1], *(len(p) for p in (skip, dw_in, taps, scan, dw_out, dw, db))
-    with _on(out): _mixer_sums[(grid,)](
+    launch(_mixer_sums, (grid,),
         norm, *gate, dw_in, taps, scan, small, dw_out, skip, dw, db, params[11].contiguous(), out, *counts, dw.stride(0), db.stride(0), c, r, RANK=rank, N=n, UNIT=real//4,
         WIDE=wide, B_in=_together(dw_in), B_out=_together(dw_out), B_w=_together(dw), ST=_tl(norm.dtype), num_warps=8)
     return out
@@ -819,7 +822,7 @@ def _mixer_finish(params, norm, gate, dw_in, taps, scan, small, dw_out, skip, dw
 def _ffn_finish(params, norm, dw1, taps, dw2, db2, wide):
     "Gradients of all parameters of an FFN from shares."
     c, m, out = 4*wide, len(params[3]), _flat(params, norm)
-    with _on(out): _ffn_sums[(_programs([c, c, m, 9*m, m, c], (m*c, dw1), (m*c, dw2)),)](
+    launch(_ffn_sums, (_programs([c, c, m, 9*m, m, c], (m*c, dw1), (m*c, dw2)),),
         norm, dw1, taps, dw2, db2, out, norm.shape[0]*norm.shape[1], *map(len, (dw1, taps, dw2, db2)), dw2.stride(0), db2.stride(0), c, m, UNIT=len(params[0])//4, WIDE=wide,
         B_1=_together(dw1), B_2=_together(dw2), ST=_tl(norm.dtype), num_warps=8)
     return out
@@ -844,8 +847,8 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
     du, dscan, dnorm = _gated_grads(dv, u, zx, borders, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, dzx, log=True)
     taps = _conv_backward(du, zx[...,:c], k, kb, 'silu', out=dzx[...,:c], unit=unit if wide > unit else None)[1]
     b, l, c, bm, warps, tiles, gp = _tiles(x, 'in_back')
-    with _on(x): _rows_in_back[(b*tiles, G//gp)](dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, CW=gp*wide, UP=_p2(gp*wide), BM=bm,
-                                                 **_types(x), num_warps=warps)
+    launch(_rows_in_back, (b*tiles, G//gp), dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, CW=gp*wide, UP=_p2(gp*wide), BM=bm,
+            **_types(x), num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
     dx = norm_back(dxn, _rows(x), stats, gain, second, _rows(dy), units)
     return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, db, wide)
@@ -880,12 +883,6 @@ def in_rows(
         return tuple(r.flatten(0, 2) if r.dim() == 4 else r for r in results)
     return g
 
-def _result(op, x, *args):
-    "y of an operator for a map, shape of x; in rows where a compiler looks on."
-    x = x.contiguous()
-    if not torch.compiler.is_compiling(): return op(x, *args, ())[0]
-    return op(x.flatten(0, 2), *args, x.shape[:3])[0].view(x.shape)
-
 # %% ../nbs/02c_blocks.ipynb #02c00031
 _MIXER = ('gain shift fc1 fc1_bias fc2 fc2_bias in_proj conv conv_bias x_proj dt_weight A_log D dt_bias scan_gain scan_shift '
           'out_proj skip proj proj_bias').split()
@@ -900,10 +897,11 @@ def _operator(name, f, given, params, options, results):
 
 _kept = 'x zx u borders v t stats tstats mean gate ready'.split()
 _size, _mixer_options, _ffn_options = 'SymInt[] size', ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer_op = _operator('mixer_block', in_rows(mixer_forward), ['x'], _MIXER, (*_mixer_options, _size), 11)
-_mixer_backward_op = _operator('mixer_block_backward', in_rows(mixer_backward, 2), ['dy', *_kept], _MIXER, (*_mixer_options, _size), 2)
-_ffn_op = _operator('ffn_block', in_rows(ffn_forward), ['x'], _FFN, (*_ffn_options, _size), 4)
-_ffn_backward_op = _operator('ffn_block_backward', in_rows(ffn_backward, 2), ['dy', 'x', 'h', 'stats', 'ready'], _FFN, (*_ffn_options, _size), 2)
+_mixer, _mixer_back, _ffn, _ffn_back = map(recorded, (in_rows(mixer_forward), in_rows(mixer_backward, 2), in_rows(ffn_forward), in_rows(ffn_backward, 2)))
+_mixer_op = _operator('mixer_block', _mixer, ['x'], _MIXER, (*_mixer_options, _size), 11)
+_mixer_backward_op = _operator('mixer_block_backward', _mixer_back, ['dy', *_kept], _MIXER, (*_mixer_options, _size), 2)
+_ffn_op = _operator('ffn_block', _ffn, ['x'], _FFN, (*_ffn_options, _size), 4)
+_ffn_backward_op = _operator('ffn_block_backward', _ffn_back, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, (*_ffn_options, _size), 2)
 
 # %% ../nbs/02c_blocks.ipynb #02c00033
 @_mixer_op.register_fake
@@ -931,6 +929,16 @@ def _(x, scale, *args):
 @partial(in_rows, maps=2)
 def _(dy, x, h, stats, ready, scale, *args): return _new(x), _flat(args[:8], x)
 
+# %% ../nbs/02c_blocks.ipynb #02c0e002
+def _unwatched(x):
+    "Does nobody look on: no compiler, tracer, transform or dispatch mode, and x is a tensor that stands for nothing else?"
+    return type(x) in (Tensor, nn.Parameter) and not (
+        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state())
+
+def _called(op, f, *args):
+    "f(*args); as an operator if somebody looks on, or wants a gradient of what is one already."
+    return op(*args) if torch.is_grad_enabled() or not _unwatched(args[0]) else f(*args)
+
 # %% ../nbs/02c_blocks.ipynb #02c00035
 def _save(n):
     "Keeps x, the results but y, the factors and the n parameters."
@@ -943,13 +951,13 @@ def _save(n):
 def _mixer_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dx, flat = torch.ops.groupmamba.mixer_block_backward(dy, x, *saved, *ctx.options)
+    dx, flat = _called(_mixer_backward_op, _mixer_back, dy, x, *saved, *ctx.options)
     return dx, None, *_grads(flat, saved[-20:]), *4*[None]
 
 def _ffn_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dx, flat = torch.ops.groupmamba.ffn_block_backward(dy, x, *saved, *ctx.options)
+    dx, flat = _called(_ffn_backward_op, _ffn_back, dy, x, *saved, *ctx.options)
     return dx, None, *_grads(flat, saved[-8:]), None, None
 
 _mixer_op.register_autograd(_mixer_vjp, setup_context=_save(20))
@@ -957,9 +965,10 @@ _ffn_op.register_autograd(_ffn_vjp, setup_context=_save(8))
 for _op in (_mixer_backward_op, _ffn_backward_op): _op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/02c_blocks.ipynb #02c00032
-def _norm_forward(x, gain, shift, eps):
-    return norm_rows(x, gain, shift, eps)
+@recorded
+def _norm_forward(x, gain, shift, eps): return norm_rows(x, gain, shift, eps)
 
+@recorded
 def _norm_backward(dy, x, stats, gain):
     part = _parts(x)
     return norm_back(dy, x, stats, gain, part[0]), part.sum((0, 1))
@@ -982,11 +991,35 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_vjp(ctx, dy, dstats):
     x, stats, gain, shift = ctx.saved_tensors
-    dx, d = torch.ops.groupmamba.rows_norm_backward(torch.zeros_like(x) if dy is None else dy.contiguous(), x, stats, gain)
+    dx, d = _called(_norm_backward_op, _norm_backward, torch.zeros_like(x) if dy is None else dy.contiguous(), x, stats, gain)
     return dx, d[0].to(gain.dtype), d[1].to(shift.dtype), None
 
 _norm_op.register_autograd(_norm_vjp, setup_context=_save_norm)
 _norm_backward_op.register_autograd(_no_second_derivative)
+
+# %% ../nbs/02c_blocks.ipynb #02c0e004
+_WAYS = dict(mixer_block=(_mixer, _save(20), _mixer_vjp), ffn_block=(_ffn, _save(8), _ffn_vjp),
+             rows_norm=(_norm_forward, _save_norm, _norm_vjp))                        # what an operator does, what it keeps, its gradient
+
+class _Short(torch.autograd.Function):
+    "The first result of an operator, without the operator."
+    @staticmethod
+    def forward(ctx, name, *inputs):
+        f, save, ctx.vjp = _WAYS[name]
+        output = f(*inputs)
+        save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, dy): return None, *ctx.vjp(ctx, dy, None)
+
+def _applied(name, x, *args): return _Short.apply(name, x, *args) if _unwatched(x) else getattr(torch.ops.groupmamba, name)(x, *args)[0]
+
+def _result(name, x, *args):
+    "y of an operator for a map, shape of x; in rows where a compiler looks on."
+    x = x.contiguous()
+    if not torch.compiler.is_compiling(): return _applied(name, x, *args, ())
+    return getattr(torch.ops.groupmamba, name)(x.flatten(0, 2), *args, x.shape[:3])[0].view(x.shape)
 
 # %% ../nbs/02c_blocks.ipynb #02c00036
 @register_flop_formula(torch.ops.groupmamba.mixer_block)
@@ -1072,7 +1105,7 @@ def mixer_block(
     "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('mixer_block', x, scale, params, 20, directions)
     if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
-    return _result(torch.ops.groupmamba.mixer_block, x, scale, *params, eps, scan_eps, [WALKS[d] for d in directions])
+    return _result('mixer_block', x, scale, *params, eps, scan_eps, [WALKS[d] for d in directions])
 
 # %% ../nbs/02c_blocks.ipynb #02c0023a
 def ffn_block(
@@ -1083,7 +1116,7 @@ def ffn_block(
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
     "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
-    return _result(torch.ops.groupmamba.ffn_block, x, scale, *params, eps)
+    return _result('ffn_block', x, scale, *params, eps)
 
 # %% ../nbs/02c_blocks.ipynb #02c0003b
 def layer_norm(
@@ -1093,4 +1126,4 @@ def layer_norm(
     "`norm(x)`, by one kernel in 16 bits where fused blocks run."
     dtype = fused_dtype(x) if isinstance(norm, nn.LayerNorm) else None
     if dtype is None: return norm(x)
-    return torch.ops.groupmamba.rows_norm(x.to(dtype).contiguous().flatten(0, -2), norm.weight, norm.bias, norm.eps)[0].view(x.shape)
+    return _applied('rows_norm', x.to(dtype).contiguous().flatten(0, -2), norm.weight, norm.bias, norm.eps).view(x.shape)

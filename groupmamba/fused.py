@@ -8,12 +8,14 @@ __all__ = ['dwconv', 'conv_gelu_linear', 'gated_scan']
 # %% ../nbs/02b_fused.ipynb #2e89b68b
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from .launch import launch
 from .scan import _check_shape, _check_tensor, _pick, _scan_backward_flops, _scan_flops, _state_dtype, selective_scan
 
 # %% ../nbs/02b_fused.ipynb #03d1be7c
@@ -21,7 +23,7 @@ if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, c
 else:
     import triton
     import triton.language as tl
-    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back, _on
+    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back
     from groupmamba.kernels import _places, _softplus, _store_state
     from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _row as _row_of, _write as _write4
 
@@ -212,24 +214,29 @@ def _side_by_side(x):
 
 def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
 
+@lru_cache
 def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
 
 def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
-def _conv_launch(x, backward, unit=None):
-    "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
-    b, h, w, c = x.shape
+@lru_cache(4096)
+def _conv_geometry(shape, fast, st, backward, unit):
+    b, h, w, c = shape
     cols, chans, rows, warps = _conv_plan(h, w, c, backward)
     blocks = -(-c//chans), -(-w//cols), -(-h//rows)
-    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, EXACT=w % cols==0, EVEN=c % chans==0, FAST=_fast(x),
-                                                      ST=_tl(_state_dtype(x)), num_warps=warps)
+    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, EXACT=w % cols==0, EVEN=c % chans==0, FAST=fast,
+                                                      ST=_tl(st), num_warps=warps)
+
+def _conv_launch(x, backward, unit=None):
+    "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
+    return _conv_geometry(x.shape, _fast(x), _state_dtype(x), backward, unit)
 
 def _conv(x, weight, bias, act, out=None, unit=None):
     "act(conv(x) + bias), written to `out` if given. x has its channels side by side."
     y = _new(x) if out is None else out
     n, blocks, meta = _conv_launch(x, False, unit)
-    with _on(x): _dwconv_forward[(n,)](x, weight.contiguous(), bias, y, *x.shape[1:], *x.stride()[:3], *y.stride()[:3], *blocks,
-                                       ACT=act, HAS_BIAS=bias is not None, **meta)
+    launch(_dwconv_forward, (n,), x, weight.contiguous(), bias, y, *x.shape[1:], *x.stride()[:3], *y.stride()[:3], *blocks,
+            ACT=act, HAS_BIAS=bias is not None, **meta)
     return y
 
 # %% ../nbs/02b_fused.ipynb #91bef9ef
@@ -300,8 +307,8 @@ def _conv_backward(dy, x, weight, bias, act, out=None, save_y=False, unit=None, 
     dx = _new(x) if out is None else out
     y = _new(x) if save_y else dx
     share = x.new_empty(n//blocks[0], 10 + sum_dx, n_c, dtype=_state_dtype(x))
-    with _on(x): _dwconv_backward[(n,)](dy, x, weight, bias, dx, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *dx.stride()[:3], *y.stride()[:3], *blocks[:2],
-                                        ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, ROWS=share.shape[1], **meta)
+    launch(_dwconv_backward, (n,), dy, x, weight, bias, dx, y, share, *x.shape[1:], *dy.stride()[:3], *x.stride()[:3], *dx.stride()[:3], *y.stride()[:3], *blocks[:2],
+            ACT=act, HAS_BIAS=bias is not None, SAVE_Y=save_y, ROWS=share.shape[1], **meta)
     return dx, share, y
 
 def _tap_grads(share, weight, bias, unit=None):
@@ -604,7 +611,7 @@ def _border_states(carry, reverse=False):
     "(B, K, N, D) from (B, K, 2, N, D)."
     b, k, _, n, d = carry.shape
     borders, cb = carry.new_empty(b, k, n, d), min(64, _pow2(d))
-    with _on(carry): _borders[(b, n, -(-d//cb))](carry, borders, k, d, N=n, KB=min(64, max(2, _pow2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
+    launch(_borders, (b, n, -(-d//cb)), carry, borders, k, d, N=n, KB=min(64, max(2, _pow2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
     return borders
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
@@ -656,16 +663,21 @@ def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-def _gated_launch(u, A, dt_weight, walks, back, log):
-    "(images times groups, chunks), tiles, the scalars that all kernels share, the channels of a group, and the meta."
-    (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
-    unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
+@lru_cache(4096)
+def _gated_geometry(shape, channels, n, r, walks, back, log, fast, st, dt):
+    b, h, w, d = shape
+    unit, wide = channels//len(walks), d//len(walks)                             # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
     k, few = -(-(h*w)//steps), n == 1 and r <= 2
-    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
+    meta = dict(FAST=fast, LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
                 GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=max(16, _pow2(wide)), num_warps=warps[back],
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))    # Triton's interpreter knows no bfloat16 products
+                ST=_tl(st), DT=_tl(dt))
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
+
+def _gated_launch(u, A, dt_weight, walks, back, log):
+    "(images times groups, chunks), tiles, the scalars that all kernels share, the channels of a group, and the meta."
+    st = _state_dtype(u)
+    return _gated_geometry(u.shape, *A.shape, dt_weight.shape[1], tuple(walks), back, log, _fast(u), st, u.dtype if u.is_cuda else st)   # Triton's interpreter knows no bfloat16 products
 
 # %% ../nbs/02b_fused.ipynb #ee413586
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, log=False):
@@ -678,9 +690,9 @@ def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps,
     entering = states                                                           # a single chunk starts from 0
     if not whole:
         carry = new(len(u), grid[1], 2, n, c)
-        with _on(u): _gated_carry[grid](u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
+        launch(_gated_carry, grid, u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
         entering = _border_states(carry)
-    with _on(u): _gated_forward[grid](u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta)
+    launch(_gated_forward, grid, u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta)
     return v, states
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
@@ -848,9 +860,9 @@ def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weigh
     du, norm, shares, back = _new(u), new(len(u)*grid[1], 2, d), new(len(u)*grid[1], d*(2*r + 3*n + 2)), states
     if not whole:
         carry = new(len(u), grid[1], 2, n, u.shape[3])
-        with _on(u): _gated_middle[grid](dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
+        launch(_gated_middle, grid, dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
         dv, back = du, _border_states(carry, True)                              # a tile of y's gradient is read before its du takes its place
-    with _on(u): _gated_backward[grid](dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
+    launch(_gated_backward, grid, dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
     return du, shares, norm
 
 def _gated_split(shares, norm, x_proj, dt_weight, A):

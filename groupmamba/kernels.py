@@ -7,12 +7,12 @@ __all__ = ['WALKS', 'selective_scan_triton', 'map_scan_triton', 'selective_scan_
 
 # %% ../nbs/02_kernels.ipynb #f3349e40
 import math
-from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from .launch import launch
 from .scan import _scan_backward_flops, _scan_flops, _state_dtype
 
 # %% ../nbs/02_kernels.ipynb #672e2a77
@@ -309,8 +309,6 @@ def _plan(u, A, B, C, n_walks):
     return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
 
 # %% ../nbs/02_kernels.ipynb #6746b680
-def _on(x): return torch.cuda.device(x.get_device()) if x.is_cuda else nullcontext()    # a number is found seven times faster than a torch.device
-
 def _strides(xs, u, B, C):
     "(batch, step or channel) of each of `xs`, then all four of `B` and `C`; 0 for what is not there or constant. Also: may four at once be loaded?"
     (b,l,d),last = u.shape, _channels_last(u)
@@ -350,7 +348,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
     programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
     last, borders = u.new_empty(b, d, n, dtype=_state_dtype(u)), _borders(u, A, B, C, len(walks))
     meta['BACK_RUNS'] = _plan(u, A, B, C, len(walks))[1][0]
-    with _on(u): _forward_kernel[(programs,)](u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, borders.shape[1], *strides, *counts, **meta)
+    launch(_forward_kernel, (programs,), u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, borders.shape[1], *strides, *counts, **meta)
     return y, last, borders
 
 # %% ../nbs/02_kernels.ipynb #2d9151f7
@@ -550,9 +548,8 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus,
     grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
     sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
     dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
-    with _on(u):
-        _backward_kernel[(programs,)](dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
-        _sum_kernel[(-(-d//32), sums.shape[1])](sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
+    launch(_backward_kernel, (programs,), dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
+    launch(_sum_kernel, (-(-d//32), sums.shape[1]), sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
     dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
     return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
 
