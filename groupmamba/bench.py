@@ -381,7 +381,7 @@ def draw_rows(
         ax.scatter(r.params, r.images_s, color='C3' if ours else 'C0', marker='o' if ours else 's', s=24)
         label = r.model.replace('groupmamba_', '').split('_patch')[0]
         ax.annotate(label, (r.params, r.images_s), xytext=(4, 3), textcoords='offset points', fontsize=7)
-    ax.set(title=run, xlabel='parameters, M', ylabel='images/s'); ax.set_ylim(bottom=0)
+    ax.set(title=run, xlabel='parameters, M', ylabel='images/s'); ax.set_ylim(bottom=0); ax.margins(x=.25)
 
 def plot_rows(
     path:str|Path, # PNG file, replaced as a whole
