@@ -20,11 +20,11 @@ _VARIANTS = {}                              # compiled kernels, and the constant
 
 def _variant(kernel, device, args, places, meta):
     "All that may decide which variant of a kernel a launch takes. Sizes are in it as they are, which is more than Triton asks for."
-    return kernel.fn, device, *[(a.dtype, p & 15) if isinstance(a, Tensor) else a for a, p in zip(args, places)], *meta.values()
+    return kernel.fn, device, *[(a.dtype, p & 15) if isinstance(a, Tensor) else (type(a), a) for a, p in zip(args, places)], *meta.items()
 
 # %% ../nbs/02a_launch.ipynb #02a0000a
 def _runner(kernel, grid, args, meta):
-    "Launch, and return what does it again, a function of addresses and numbers, and the constants behind them."
+    "Launch, and return what does it again, a function of addresses and numbers, and the constants behind them; None if Triton interprets."
     places = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
     key = _variant(kernel, args[0].get_device(), args, places, meta)
     if key in _VARIANTS:
@@ -33,6 +33,7 @@ def _runner(kernel, grid, args, meta):
         run(*places, *constants)
         return run, constants
     compiled = kernel[grid](*args, **meta)
+    if compiled is None: return None
     if len(_VARIANTS) >= 2**14: _VARIANTS.clear()                                   # images of ever new sizes
     _VARIANTS[key] = compiled, [meta[name] for name in kernel.arg_names[len(args):]]
     return compiled[(*grid, 1, 1)[:3]], _VARIANTS[key][1]
@@ -43,7 +44,7 @@ def launch(
     kernel, # a function under `triton.jit`
     grid:tuple, # programs, one to three numbers
     *args, # the kernel's first arguments; the very first is a tensor, and the kernel runs where that lies
-    **meta, # its constants, in their order, and Triton's options
+    **meta, # its constants, and Triton's options
 ):
     "`kernel[grid](*args, **meta)`, with the search for the compiled variant done once."
     device, recorder = args[0].get_device(), getattr(_now, 'recorder', None)
@@ -55,7 +56,7 @@ def launch(
     elif recorder: recorder.launch(_runner(kernel, grid, args, meta), args)
     else: _runner(kernel, grid, args, meta)
 
-# %% ../nbs/02a_launch.ipynb #02a0000d
+# %% ../nbs/02a_launch.ipynb #02a0000f
 class _Place(NamedTuple):
     "A tensor, seen from the memory it lies in."
     slot:int # which memory
@@ -76,7 +77,7 @@ class CannotRecord(RuntimeError): "A function does what a recording cannot repea
 
 _EMPTY = {getattr(torch.ops.aten, name) for name in 'empty empty_like empty_strided new_empty new_empty_strided'.split()}
 
-# %% ../nbs/02a_launch.ipynb #02a0000e
+# %% ../nbs/02a_launch.ipynb #02a00010
 class _Recorder(TorchDispatchMode):
     "Notes what a function does with the tensors that it is given and with those that it makes."
     def __init__(self, given):
@@ -100,7 +101,9 @@ class _Recorder(TorchDispatchMode):
         if slot is None or t.dtype != self.places[slot].dtype: raise CannotRecord('a tensor comes from nowhere, or is read in another dtype')
         return _Place(slot, t.storage_offset() - start, t.shape, t.stride(), t.dtype)
 
-    def launch(self, runner, args): self.steps.append(_Note('launch', runner, [self.place(a) for a in args]))
+    def launch(self, runner, args):
+        if runner is None: raise CannotRecord('the kernel is not compiled')
+        self.steps.append(_Note('launch', runner, [self.place(a) for a in args]))
 
     def call(self, f, args):
         "Call something that writes into its arguments."
@@ -119,7 +122,7 @@ class _Recorder(TorchDispatchMode):
         else: self.steps.append(_Note('call', f, *given, self.new(out).slot))
         return out
 
-# %% ../nbs/02a_launch.ipynb #02a00010
+# %% ../nbs/02a_launch.ipynb #02a00012
 def _as_tensor(p, places):
     "A function that finds the tensor at a place in the room; of anything else, one that returns it."
     if not isinstance(p, _Place): return lambda room: p
@@ -149,7 +152,7 @@ def _step(note, places):
         if slot is not None: room[slot], base[slot] = out, out.data_ptr()
     return step
 
-# %% ../nbs/02a_launch.ipynb #02a00011
+# %% ../nbs/02a_launch.ipynb #02a00013
 class _Tape:
     "A recording: call it with tensors like those it was made with."
     def __init__(self, recorder, given, results):
@@ -168,7 +171,7 @@ class _Tape:
         for step in self.steps: step(room, base)
         return tuple([result(room) for result in self.results])
 
-# %% ../nbs/02a_launch.ipynb #02a00013
+# %% ../nbs/02a_launch.ipynb #02a00015
 def _record(f, args):
     "Run f and record it: its results, a tuple of tensors, and the tape."
     given = [a for a in args if isinstance(a, Tensor)]
