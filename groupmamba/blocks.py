@@ -92,6 +92,7 @@ MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensio
 
 @lru_cache(4096)
 def _widened_shapes(shapes, unit, wide, dims):
+    "Shapes of matrices with room between groups along `dims` of each."
     return [(n//unit*wide if 0 in d else n, k//unit*wide if 1 in d else k) for (n, k), d in zip(shapes, dims)]
 
 def _wide_shapes(params, unit, wide, dims): return _widened_shapes(tuple([p.shape for p in params]), unit, wide, dims)

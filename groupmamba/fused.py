@@ -221,6 +221,7 @@ def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # co
 
 @lru_cache(4096)
 def _conv_geometry(shape, fast, st, backward, unit):
+    "`_conv_launch` from a shape, worked out once."
     b, h, w, c = shape
     cols, chans, rows, warps = _conv_plan(h, w, c, backward)
     blocks = -(-c//chans), -(-w//cols), -(-h//rows)
@@ -665,6 +666,7 @@ def _fits(unit, columns):
 
 @lru_cache(4096)
 def _gated_geometry(shape, channels, n, r, walks, back, log, fast, st, dt):
+    "`_gated_launch` from shapes, worked out once."
     b, h, w, d = shape
     unit, wide = channels//len(walks), d//len(walks)                             # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)

@@ -193,7 +193,7 @@ def unrecorded():
     finally: _PLAYING = before
 
 def recorded(
-    f:Callable, # of tensors, numbers and tuples of numbers, to a tuple of tensors; nothing but the kind of its arguments may decide what it does
+    f:Callable, # of tensors, of which one comes first, numbers and tuples of numbers, to a tuple of tensors; nothing but the kind of its arguments may decide what it does
     device:str='cuda', # type of device where it is recorded; elsewhere it is called
 )->Callable: # the same function
     "f, recorded for every kind of arguments and then played back. Without gradients: for use inside operators."
