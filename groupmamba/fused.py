@@ -219,6 +219,7 @@ def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
 
 def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
+# %% ../nbs/02b_fused.ipynb #c6964399
 @lru_cache(4096)
 def _conv_geometry(shape, fast, st, backward, unit):
     "`_conv_launch` from a shape, worked out once."

@@ -95,6 +95,12 @@ class _Note(NamedTuple):
 class CannotRecord(RuntimeError): "A function does what a recording cannot repeat."
 class NotCompiled(RuntimeError): "A kernel that a function launches is not compiled, or not yet."
 
+def _memory(t): return t.untyped_storage()._cdata
+
+def _shares(t, args):
+    "Does a tensor lie in the memory of one of these?"
+    return isinstance(t, Tensor) and _memory(t) in [_memory(a) for a in args if isinstance(a, Tensor)]
+
 _EMPTY = {getattr(torch.ops.aten, name) for name in 'empty empty_like empty_strided new_empty new_empty_strided'.split()}
 
 # %% ../nbs/02a_launch.ipynb #02a00014
@@ -106,9 +112,8 @@ class _Recorder(TorchDispatchMode):
         for t in given: self.new(t)
         if len(self.slots) < len(given): raise CannotRecord('two arguments share their memory')
 
-    def new(self, t):
-        "The place of a tensor in memory of its own."
-        self.slots[t.untyped_storage()._cdata] = t.storage_offset(), len(self.places)
+    def new(self, t): # in memory of its own
+        self.slots[_memory(t)] = t.storage_offset(), len(self.places)
         self.places.append(_Place(len(self.places), 0, t.shape, t.stride(), t.dtype))
         return self.places[-1]
 
@@ -117,7 +122,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(t, Tensor):
             if isinstance(t, (list, tuple)) and any(isinstance(x, Tensor) for x in t): raise CannotRecord('an operator takes a list of tensors')
             return t
-        start, slot = self.slots.get(t.untyped_storage()._cdata, (0, None))
+        start, slot = self.slots.get(_memory(t), (0, None))
         if slot is None or t.dtype != self.places[slot].dtype: raise CannotRecord('a tensor comes from nowhere, or is read in another dtype')
         return _Place(slot, t.storage_offset() - start, t.shape, t.stride(), t.dtype)
 
@@ -125,16 +130,14 @@ class _Recorder(TorchDispatchMode):
         if runner is None: raise NotCompiled
         self.steps.append(_Note('launch', runner, [self.place(a) for a in args]))
 
-    def call(self, f, args):
-        "Call something that writes into its arguments."
+    def call(self, f, args): # it writes into its arguments
         self.steps.append(_Note('call', f, [self.place(a) for a in args]))
         with _disable_current_modes(): f(*args)
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = f(*args, **kwargs)
+        out = f(*args, **(kwargs := kwargs or {}))
         if f is torch.ops.aten._local_scalar_dense.default: raise CannotRecord('it looks at a number in a tensor')
-        if f.is_view or isinstance(out, Tensor) and not f._schema.is_mutable and out.untyped_storage()._cdata in [a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)]: return out
+        if f.is_view or _shares(out, args) and not f._schema.is_mutable: return out
         given = [self.place(a) for a in args], {k: self.place(v) for k, v in kwargs.items()}
         if f._schema.is_mutable: self.steps.append(_Note('call', f, *given))
         elif not isinstance(out, Tensor): raise CannotRecord(f'{f} returns more than a tensor')
@@ -201,6 +204,7 @@ def _record(f, args):
         return results, _Tape(recorder, len(given), [recorder.place(r) for r in results])
     finally: _now.recorder = None
 
+# %% ../nbs/02a_launch.ipynb #02a0001a
 _PLAYING = True
 
 @contextmanager
