@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROUPS', 'PAPER6', 'WIDE', 'WIDE_EQ3', 'TABLE5',
            'TABLE3', 'IMAGES', 'LESSONS', 'SHARED', 'STUDIES', 'LEARNED', 'SPECS', 'TITLES', 'register', 'nano',
-           'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'recorded',
+           'known', 'create', 'Count', 'on_meta', 'count', 'Row', 'ablated', 'table6', 'table_text', 'as_graph',
            'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
            'teacher_file', 'learn', 'read_runs', 'wanted', 'run_beside', 'lesson_calls', 'run_here', 'learn_beside',
            'learn_all', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1', 'lessons_of',
@@ -195,7 +195,7 @@ TABLE3 = [_distilled('T', 'tiny', False, 23, 4.6, None, 82.5), _distilled('T', '
           Row('the small model with teacher', (None,)*4, 'groupmamba_nano', dict(num_classes=10, distilled=True), None, 'distilled')]
 
 # %% ../nbs/14_ablation.ipynb #a14speedc
-def recorded(
+def as_graph(
     step, # works on the GPU, without arguments; never waits for it
     warmup:int=2, # ordinary calls before, which build the kernels
 ): # a function that does the same again
@@ -223,7 +223,7 @@ def images_per_s(
     net, x = (v.to(memory_format=torch.channels_last) for v in (net, x))
     def look():
         with plain_form(), torch.autocast('cuda', torch.bfloat16): return net(x)
-    return 1e3*batch/statistics.median(step_times(recorded(look), x.device, 3, rounds))
+    return 1e3*batch/statistics.median(step_times(as_graph(look), x.device, 3, rounds))
 
 # %% ../nbs/14_ablation.ipynb #a14images
 def mnist_images()->tuple[np.ndarray, np.ndarray]: # images (5000, 28, 28) uint8, digits

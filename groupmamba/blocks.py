@@ -10,7 +10,7 @@ __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'nor
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
@@ -66,8 +66,7 @@ def _p2(n, least=16): return max(least, _pow2(n))
 
 def _types(x):
     "Dtypes of sums and of products' factors. (Triton's interpreter knows no bfloat16 products.)"
-    st = _state_dtype(x)
-    return dict(ST=_tl(st), DT=_tl(x.dtype if x.is_cuda else st))
+    return dict(ST=_tl(_state_dtype(x)), DT=_tl(x.dtype if x.is_cuda else _state_dtype(x)))
 
 # %% ../nbs/02c_blocks.ipynb #02c0001f
 @triton.jit
@@ -90,12 +89,9 @@ def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT
 # %% ../nbs/02c_blocks.ipynb #02c00029
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensions of a block's matrices consist of groups
 
-@lru_cache(4096)
-def _widened_shapes(shapes, unit, wide, dims):
-    "Shapes of matrices with room between groups along `dims` of each."
+def _wide_shapes(params, unit, wide, dims):
+    shapes = (p.shape for p in params)
     return [(n//unit*wide if 0 in d else n, k//unit*wide if 1 in d else k) for (n, k), d in zip(shapes, dims)]
-
-def _wide_shapes(params, unit, wide, dims): return _widened_shapes(tuple([p.shape for p in params]), unit, wide, dims)
 
 def _ready(params, dtype, unit, wide, dims):
     "Two or three matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
@@ -961,8 +957,6 @@ def _ffn_vjp(ctx, dy, *rest):
     dx, flat = _called(_ffn_backward_op, _ffn_back, dy, x, *saved, *ctx.options)
     return dx, None, *_grads(flat, saved[-8:]), None, None
 
-_mixer_op.register_autograd(_mixer_vjp, setup_context=_save(20))
-_ffn_op.register_autograd(_ffn_vjp, setup_context=_save(8))
 for _op in (_mixer_backward_op, _ffn_backward_op): _op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/02c_blocks.ipynb #02c00032
@@ -995,12 +989,12 @@ def _norm_vjp(ctx, dy, dstats):
     dx, d = _called(_norm_backward_op, _norm_backward, torch.zeros_like(x) if dy is None else dy.contiguous(), x, stats, gain)
     return dx, d[0].to(gain.dtype), d[1].to(shift.dtype), None
 
-_norm_op.register_autograd(_norm_vjp, setup_context=_save_norm)
 _norm_backward_op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/02c_blocks.ipynb #02c0e004
 _WAYS = dict(mixer_block=(_mixer, _save(20), _mixer_vjp), ffn_block=(_ffn, _save(8), _ffn_vjp),
              rows_norm=(_norm_forward, _save_norm, _norm_vjp))                        # what an operator does, what it keeps, its gradient
+for _op, (_, _keep, _vjp) in zip((_mixer_op, _ffn_op, _norm_op), _WAYS.values()): _op.register_autograd(_vjp, setup_context=_keep)
 
 class _Short(torch.autograd.Function):
     "The first result of an operator, without the operator."

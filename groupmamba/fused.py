@@ -8,7 +8,6 @@ __all__ = ['dwconv', 'conv_gelu_linear', 'gated_scan']
 # %% ../nbs/02b_fused.ipynb #2e89b68b
 import math
 from contextlib import nullcontext
-from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
@@ -214,24 +213,17 @@ def _side_by_side(x):
 
 def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
 
-@lru_cache
 def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
 
 def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
-# %% ../nbs/02b_fused.ipynb #c6964399
-@lru_cache(4096)
-def _conv_geometry(shape, fast, st, backward, unit):
-    "`_conv_launch` from a shape, worked out once."
-    b, h, w, c = shape
-    cols, chans, rows, warps = _conv_plan(h, w, c, backward)
-    blocks = -(-c//chans), -(-w//cols), -(-h//rows)
-    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, EXACT=w % cols==0, EVEN=c % chans==0, FAST=fast,
-                                                      ST=_tl(st), num_warps=warps)
-
 def _conv_launch(x, backward, unit=None):
     "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
-    return _conv_geometry(x.shape, _fast(x), _state_dtype(x), backward, unit)
+    b, h, w, c = x.shape
+    cols, chans, rows, warps = _conv_plan(h, w, c, backward)
+    blocks = -(-c//chans), -(-w//cols), -(-h//rows)
+    return b*math.prod(blocks), (*blocks, rows), dict(TW=cols, CB=chans, UNIT=unit or c, WIDE=c//4 if unit else c, EXACT=w % cols==0, EVEN=c % chans==0, FAST=_fast(x),
+                                                      ST=_tl(_state_dtype(x)), num_warps=warps)
 
 def _conv(x, weight, bias, act, out=None, unit=None):
     "act(conv(x) + bias), written to `out` if given. x has its channels side by side."
@@ -665,22 +657,16 @@ def _fits(unit, columns):
     "May a group of `unit` channels, with so many columns of Δ's rank, B and C, be fused?"
     return unit <= 128 and columns <= 32
 
-@lru_cache(4096)
-def _gated_geometry(shape, channels, n, r, walks, back, log, fast, st, dt):
-    "`_gated_launch` from shapes, worked out once."
-    b, h, w, d = shape
-    unit, wide = channels//len(walks), d//len(walks)                             # a map's groups may stand further apart than they are wide
-    steps, *warps = _scan_plan(wide)
-    k, few = -(-(h*w)//steps), n == 1 and r <= 2
-    meta = dict(FAST=fast, LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
-                GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=max(16, _pow2(wide)), num_warps=warps[back],
-                ST=_tl(st), DT=_tl(dt))
-    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
-
 def _gated_launch(u, A, dt_weight, walks, back, log):
     "(images times groups, chunks), tiles, the scalars that all kernels share, the channels of a group, and the meta."
-    st = _state_dtype(u)
-    return _gated_geometry(u.shape, *A.shape, dt_weight.shape[1], tuple(walks), back, log, _fast(u), st, u.dtype if u.is_cuda else st)   # Triton's interpreter knows no bfloat16 products
+    (b, h, w, d), n, r = u.shape, A.shape[1], dt_weight.shape[1]
+    unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
+    steps, *warps = _scan_plan(wide)
+    k, few = -(-(h*w)//steps), n == 1 and r <= 2
+    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
+                GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=max(16, _pow2(wide)), num_warps=warps[back],
+                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))    # Triton's interpreter knows no bfloat16 products
+    return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
 
 # %% ../nbs/02b_fused.ipynb #ee413586
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, log=False):

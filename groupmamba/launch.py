@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# %% ../nbs/02a_launch.ipynb #02a00008
+# %% ../nbs/02a_launch.ipynb #02a0000a
 _VARIANTS = {}                              # compiled kernels, and the constants they are called with
 
 def _variant(kernel, device, args, places, meta):
     "All that may decide which variant of a kernel a launch takes. Sizes are in it as they are, which is more than Triton asks for."
     return kernel.fn, device, *[(a.dtype, p & 15) if isinstance(a, Tensor) else (type(a), a) for a, p in zip(args, places)], *meta.items()
 
-# %% ../nbs/02a_launch.ipynb #02a0000a
+# %% ../nbs/02a_launch.ipynb #02a0000c
 def _runner(kernel, grid, args, meta):
     "Launch, and return what does it again, a function of addresses and numbers, and the constants behind them; None if there is no compiled kernel, or not yet."
     places = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
@@ -58,7 +58,7 @@ def launch(
     elif recorder: recorder.launch(_runner(kernel, grid, args, meta), args)
     else: _runner(kernel, grid, args, meta)
 
-# %% ../nbs/02a_launch.ipynb #02a0000f
+# %% ../nbs/02a_launch.ipynb #02a00011
 def compile_ahead(
     *passes:Callable, # functions without arguments that would launch kernels; what they compute is garbage
 )->tuple: # how many kernels were compiled, and the seconds
@@ -75,7 +75,7 @@ def compile_ahead(
     finally: JITFunction.run = run
     return len(mode.raw_futures), time.perf_counter() - began
 
-# %% ../nbs/02a_launch.ipynb #02a00013
+# %% ../nbs/02a_launch.ipynb #02a00015
 class _Place(NamedTuple):
     "A tensor, seen from the memory it lies in."
     slot:int # which memory
@@ -103,7 +103,7 @@ def _shares(t, args):
 
 _EMPTY = {getattr(torch.ops.aten, name) for name in 'empty empty_like empty_strided new_empty new_empty_strided'.split()}
 
-# %% ../nbs/02a_launch.ipynb #02a00014
+# %% ../nbs/02a_launch.ipynb #02a00016
 class _Recorder(TorchDispatchMode):
     "Notes what a function does with the tensors that it is given and with those that it makes."
     def __init__(self, given):
@@ -119,9 +119,8 @@ class _Recorder(TorchDispatchMode):
 
     def place(self, t):
         "Where a tensor lies; anything else is returned."
-        if not isinstance(t, Tensor):
-            if isinstance(t, (list, tuple)) and any(isinstance(x, Tensor) for x in t): raise CannotRecord('an operator takes a list of tensors')
-            return t
+        if isinstance(t, (list, tuple)) and any(isinstance(x, Tensor) for x in t): raise CannotRecord('an operator takes a list of tensors')
+        if not isinstance(t, Tensor): return t
         start, slot = self.slots.get(_memory(t), (0, None))
         if slot is None or t.dtype != self.places[slot].dtype: raise CannotRecord('a tensor comes from nowhere, or is read in another dtype')
         return _Place(slot, t.storage_offset() - start, t.shape, t.stride(), t.dtype)
@@ -145,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         else: self.steps.append(_Note('call', f, *given, self.new(out).slot))
         return out
 
-# %% ../nbs/02a_launch.ipynb #02a00016
+# %% ../nbs/02a_launch.ipynb #02a00018
 def _as_tensor(p, places):
     "A function that finds the tensor at a place in the room; of anything else, one that returns it."
     if not isinstance(p, _Place): return lambda room: p
@@ -175,7 +174,7 @@ def _step(note, places):
         if slot is not None: room[slot], base[slot] = out, out.data_ptr()
     return step
 
-# %% ../nbs/02a_launch.ipynb #02a00017
+# %% ../nbs/02a_launch.ipynb #02a00019
 class _Tape:
     "A recording: call it with tensors like those it was made with."
     def __init__(self, recorder, given, results):
@@ -194,7 +193,7 @@ class _Tape:
         for step in self.steps: step(room, base)
         return tuple([result(room) for result in self.results])
 
-# %% ../nbs/02a_launch.ipynb #02a00019
+# %% ../nbs/02a_launch.ipynb #02a0001b
 def _record(f, args):
     "Run f and record it: its results, a tuple of tensors, and the tape."
     given = [a for a in args if isinstance(a, Tensor)]
@@ -204,7 +203,7 @@ def _record(f, args):
         return results, _Tape(recorder, len(given), [recorder.place(r) for r in results])
     finally: _now.recorder = None
 
-# %% ../nbs/02a_launch.ipynb #02a0001a
+# %% ../nbs/02a_launch.ipynb #02a0001c
 _PLAYING = True
 
 @contextmanager

@@ -26,7 +26,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from einops.layers.torch import Rearrange
-from .ablation import on_meta, recorded
+from .ablation import as_graph, on_meta
 from .bench import Row as Timing, device_text, middle, step_times
 from .core import Downsample, DropPath, TimmHooks, check_images, model_cfg
 from .grouped import FOUR, check_directions, directional_scan, from_phases, to_map, to_phases, to_sequences
@@ -457,7 +457,7 @@ def time_peer(
     with torch.device(device): model, x = create_peer(name, img_size=size).train(train), torch.randn(batch, 3, size, size)
     model, x = (v.to(memory_format=torch.channels_last) for v in (model, x))
     step = peer_step(model, x, train)
-    if cuda: torch.cuda.reset_peak_memory_stats(); step = recorded(step)
+    if cuda: torch.cuda.reset_peak_memory_stats(); step = as_graph(step)
     memory = torch.cuda.max_memory_allocated()/2**30 if cuda else math.nan
     ms, spread = middle(step_times(step, x.device, 2, repeats))
     params = sum(p.numel() for p in model.parameters())/1e6
