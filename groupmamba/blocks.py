@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'norm_rows', 'gemm', 'norm_gemm', 'mixer_forward',
-           'ffn_forward', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'in_rows', 'plain_form',
-           'fused_dtype', 'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
+           'ffn_forward', 'ffn_inference', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'in_rows',
+           'plain_form', 'fused_dtype', 'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
 
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
@@ -22,6 +22,7 @@ from .launch import launch, recorded
 from .scan import _is_exporting, _pick, _scan_flops, _state_dtype
 from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
 from .fused import _check_map, _scan_plan, _tl
+from .sliding import hidden_map
 
 # %% ../nbs/02c_blocks.ipynb #02c00010
 if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, constexpr=None)
@@ -120,6 +121,7 @@ PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
                           (64, 128, 64, 8, 3) if k < 512 else (128, 128, 64, 4, 3)),
     wide=lambda n, k: (128, 128, 8, 4) if k <= 64 else (64, 64, 4, 3),
     whole=lambda c: c <= 128,                                                       # does a row fit into a program, beside C x C weights?
+    slide=lambda c: c <= 128,                                                       # does it pay to make a hidden row three times?
     rows_in=lambda c, l: (64, 4, 4) if l >= 64 else (64, 8, 1),                     # and groups a program, where rows are long
     rows_out=lambda c, l: (64, 14, 4, 2) if c <= 64 else (32, 4, 4, 2),             # the second: programs an image
     rows_mix=lambda c, l: (64, 4) if l >= 64 else (32, 4),
@@ -470,6 +472,14 @@ def ffn_forward(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
     h, stats = norm_gemm(_rows(x), (gain, shift, eps), w1, b1, units)
     h = h.view(*x.shape[:3], -1)
     return gemm(_rows(_conv(h, k, kb, 'gelu')), w2, b2, _rows(x), scale, l, units).view_as(x), h, stats, ready
+
+# %% ../nbs/02c_blocks.ipynb #02d0c002
+def ffn_inference(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
+    "y, and the statistics of x: the FFN without what a backward pass would need."
+    units, l = (len(gain)//4, x.shape[3]//4), x.shape[1]*x.shape[2]
+    w1, w2 = _taken(_ready((w1, w2), x.dtype, *units, FFN_DIMS), (w1, w2), *units, FFN_DIMS)
+    n, stats = norm_rows(_rows(x), gain, shift, eps, units)
+    return gemm(_rows(hidden_map(n.view(x.shape), w1, b1, k, kb)), w2, b2, _rows(x), scale, l, units).view_as(x), stats
 
 # %% ../nbs/02c_blocks.ipynb #02c0001d
 @triton.jit
@@ -894,10 +904,12 @@ def _operator(name, f, given, params, options, results):
 
 _kept = 'x zx u borders v t stats tstats mean gate ready'.split()
 _size, _mixer_options, _ffn_options = 'SymInt[] size', ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer, _mixer_back, _ffn, _ffn_back = map(recorded, (in_rows(mixer_forward), in_rows(mixer_backward, 2), in_rows(ffn_forward), in_rows(ffn_backward, 2)))
+_mixer, _ffn, _ffn_alone = (recorded(in_rows(f)) for f in (mixer_forward, ffn_forward, ffn_inference))
+_mixer_back, _ffn_back = (recorded(in_rows(f, 2)) for f in (mixer_backward, ffn_backward))
 _mixer_op = _operator('mixer_block', _mixer, ['x'], _MIXER, (*_mixer_options, _size), 11)
 _mixer_backward_op = _operator('mixer_block_backward', _mixer_back, ['dy', *_kept], _MIXER, (*_mixer_options, _size), 2)
 _ffn_op = _operator('ffn_block', _ffn, ['x'], _FFN, (*_ffn_options, _size), 4)
+_ffn_alone_op = _operator('ffn_inference', _ffn_alone, ['x'], _FFN, (*_ffn_options, _size), 2)
 _ffn_backward_op = _operator('ffn_block_backward', _ffn_back, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, (*_ffn_options, _size), 2)
 
 # %% ../nbs/02c_blocks.ipynb #02c00033
@@ -921,6 +933,10 @@ def _(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *arg
 def _(x, scale, *args):
     m = args[2].shape[0]
     return _new(x), x.new_empty(*x.shape[:3], m), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x)), x.new_empty(2*m*x.shape[3])
+
+@_ffn_alone_op.register_fake
+@in_rows
+def _(x, scale, *args): return _new(x), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x))
 
 @_ffn_backward_op.register_fake
 @partial(in_rows, maps=2)
@@ -993,7 +1009,7 @@ _norm_backward_op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/02c_blocks.ipynb #02c0e004
 _WAYS = dict(mixer_block=(_mixer, _save(20), _mixer_vjp), ffn_block=(_ffn, _save(8), _ffn_vjp),
-             rows_norm=(_norm_forward, _save_norm, _norm_vjp))                        # what an operator does, what it keeps, its gradient
+             rows_norm=(_norm_forward, _save_norm, _norm_vjp), ffn_inference=(_ffn_alone, None, None))    # what an operator does, what it keeps, its gradient
 for _op, (_, _keep, _vjp) in zip((_mixer_op, _ffn_op, _norm_op), _WAYS.values()): _op.register_autograd(_vjp, setup_context=_keep)
 
 class _Short(torch.autograd.Function):
@@ -1008,7 +1024,9 @@ class _Short(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy): return None, *ctx.vjp(ctx, dy, None)
 
-def _applied(name, x, *args): return _Short.apply(name, x, *args) if _unwatched(x) else getattr(torch.ops.groupmamba, name)(x, *args)[0]
+def _applied(name, x, *args):
+    if not _unwatched(x): return getattr(torch.ops.groupmamba, name)(x, *args)[0]
+    return _Short.apply(name, x, *args) if torch.is_grad_enabled() else _WAYS[name][0](x, *args)[0]
 
 def _result(name, x, *args):
     "y of an operator for a map, shape of x; in rows where a compiler looks on."
@@ -1027,7 +1045,7 @@ def _mixer_flops(x, scale, gain, shift, fc1, fc1_bias, fc2, fc2_bias, in_proj, c
     u = (x[0], x[1]*x[2], c)
     return 2*rows*(products + 9*c) + 2*2*x[0]*r*c + _scan_flops(u, u, A_log)
 
-@register_flop_formula(torch.ops.groupmamba.ffn_block)
+@register_flop_formula([torch.ops.groupmamba.ffn_block, torch.ops.groupmamba.ffn_inference])
 def _ffn_flops(x, scale, gain, shift, fc1, *args, out_shape=None, **kwargs):
     "Two linear layers and nine taps."
     return 2*math.prod(x[:-1])*(2*math.prod(fc1) + 9*fc1[0])
@@ -1109,9 +1127,10 @@ def ffn_block(
     params:tuple, # gain and shift of the norm, fc1, bias, taps (M, 1, 3, 3), bias, fc2, bias
     eps:float, # of the LayerNorm
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
-    "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
+    "LayerNorm, FFN, residual as one operator, which keeps nothing where no gradient is wanted; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
-    return _result('ffn_block', x, scale, *params, eps)
+    keep = torch.is_grad_enabled() or not PLANS['slide'](x.shape[3])
+    return _result('ffn_block' if keep else 'ffn_inference', x, scale, *params, eps)
 
 # %% ../nbs/02c_blocks.ipynb #02c0003b
 def layer_norm(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from .scan import _state_dtype
 from .blocks import eager_cpu, fused_dtype, layer_norm
+from .sliding import conv_relu, conv_relu_fits
 from .vsss import FFN, GroupLayerNorm, GroupLinear, MambaMixer, init_weights
 from .grouped import FOUR, GroupedMamba
 from .cam import ChannelAffinity, cam
@@ -137,13 +138,17 @@ class Stem(nn.Module):
         x:Tensor, # images (B, in_chans, H, W)
         dtype:torch.dtype, # 16 bits
     )->Tensor: # (B, hidden, ⌈H/2⌉, ⌈W/2⌉), channels last
-        "`self.conv` with its first convolution on 2×2 blocks of pixels and, where nothing is learnt, BatchNorm folded into the weights."
+        "`self.conv` with its first convolution on 2×2 blocks of pixels and, where nothing is learnt, BatchNorm folded into the weights, bias and ReLU in the convolution's own kernel."
         x = x.to(dtype, memory_format=torch.channels_last)
         for conv, norm, act in zip(self.conv[::3], self.conv[1::3], self.conv[2::3]):
-            w, options = conv.weight, (conv.stride, conv.padding)
-            if w.shape[2:] == (7, 7) and conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0: x, w, options = *pair_pixels(x, w), (1, 0)
-            if norm.training or torch.is_grad_enabled(): x = act(norm(F.conv2d(x, w.to(dtype), None, *options)))
-            else: x = F.relu_(F.conv2d(x, *fold_norm(w, norm, dtype), *options))
+            w, stride, pad = conv.weight, conv.stride[0], conv.padding[0]
+            if w.shape[2:] == (7, 7) and stride == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0: x, w, stride, pad = *pair_pixels(x, w), 1, 0
+            if norm.training or torch.is_grad_enabled():
+                x = act(norm(F.conv2d(x, w.to(dtype), None, stride, pad)))
+                continue
+            w, bias = fold_norm(w, norm, dtype)
+            if conv_relu_fits(x, w, stride): x = conv_relu(x.permute(0, 2, 3, 1), w.permute(2, 3, 0, 1), bias, pad).permute(0, 3, 1, 2)
+            else: x = F.relu_(F.conv2d(x, w, bias, stride, pad))
         return x
 
 # %% ../nbs/06_core.ipynb #b0950e1c
