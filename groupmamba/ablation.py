@@ -9,8 +9,8 @@ __all__ = ['VARIANTS', 'COMPANY', 'EIGHT_FIT', 'LADDER', 'DIRECTION_SETS', 'GROU
            'images_per_s', 'mnist_images', 'few_digits', 'image_folder', 'Study', 'view_file', 'see', 'Bank', 'record',
            'teacher_file', 'learn', 'read_runs', 'wanted', 'run_beside', 'lesson_calls', 'run_here', 'learn_beside',
            'learn_all', 'scores', 'compare', 'Lab', 'learned', 'costs', 'fill', 'dense_columns', 'table1', 'lessons_of',
-           'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1',
-           'AblateConfig', 'picture', 'full_jobs', 'ablate', 'ablate_cli']
+           'table', 'new_figure', 'draw_table', 'draw_figure4', 'company', 'draw_methods', 'draw_figure1', 'figure5',
+           'AblateConfig', 'picture', 'from_lab', 'full_jobs', 'ablate', 'ablate_cli']
 
 # %% ../nbs/14_ablation.ipynb #a14imp
 import gc, io, logging, math, os, shutil, statistics, time, warnings
@@ -585,14 +585,14 @@ def table1(
 SPECS = {'3': TABLE3, '4': DIRECTION_SETS, '5': TABLE5, 'groups': GROUPS, 'figure 4': LADDER}
 
 def lessons_of(
-    what:str, # '1', '3', '4', '5', '6', 'groups', 'figure 1' or 'figure 4'
+    what:str, # '1', '3', '4', '5', '6', 'groups', 'figure 1', 'figure 4' or 'figure 5'
 )->list[str]: # keys of `LESSONS`
     "What must be learned for a table or a figure."
     if what == 'figure 1': return [*LESSONS]
     return ['full', *(r.lesson for r in SPECS[what] if r.lesson and r.lesson != 'full')] if what in SPECS else []
 
 def table(
-    what:str, # as for `lessons_of`
+    what:str, # as for `lessons_of`, but for figure 5, which has no lessons
     lab:Lab, # where numbers come from
 )->list[dict]: # a row a line
     "The rows of a table, or of the numbers behind a figure."
@@ -681,19 +681,33 @@ def draw_figure1(
     right.set(title='ours: small digits', xlabel='parameters, M', ylabel='top-1, % (mean ± sd over seeds)')
     return fig
 
+# %% ../nbs/14_ablation.ipynb #a14figure5
+def figure5(
+    study:str, # key of `STUDIES`
+    out:str|Path, # folder of the finished runs
+    seeds:int|None=None, # how many; None: the study's
+    jobs:int=0, # processes; 0: this one
+    until:float=math.inf, # on the clock `time.monotonic`: seeds that are not done by then are left out and named
+)->tuple: # rows, a run each; their means as text; matplotlib's figure. No rows, no figure
+    "Fig. 5, from `groupmamba.stability`."
+    from groupmamba.stability import stability_evidence, stability_figure, stability_rows, stability_table   # which imports this module
+    runs = stability_evidence(study, out, seeds, jobs, until)
+    rows = stability_rows(runs, 10)
+    return (rows, stability_table(runs, 10), stability_figure(runs, fig=new_figure(10.2, 2.8))) if rows else ([], '', None)
+
 # %% ../nbs/14_ablation.ipynb #a14config
 TITLES = {'1': 'Table 1: methods', '3': 'Table 3: with and without a teacher', '4': 'Table 4: direction sets',
           '5': 'Table 5: as large as VMamba-T', '6': 'Table 6: architectures', 'groups': 'Section 8: groups',
-          'figure 1': 'Figure 1: size and accuracy', 'figure 4': 'Figure 4: the ladder'}
+          'figure 1': 'Figure 1: size and accuracy', 'figure 4': 'Figure 4: the ladder', 'figure 5': 'Figure 5: stability'}
 
 @dataclass(frozen=True, kw_only=True)
 class AblateConfig(Options):
     "Recomputes the paper's tables and figures: reduced, on the CPU, to see it run; with --full, on a GPU, to measure."
     table:str|None = option(None, 'which table; groups: the numbers of groups of section 8', choices=('1', '3', '4', '5', '6', 'groups'))
-    figure:str|None = option(None, 'which figure; figure 5 is drawn by 14d_stability', choices=('1', '4'))
+    figure:str|None = option(None, "which figure; 5 has runs of its own, on scikit-learn's digits", choices=('1', '4', '5'))
     full:bool = option(False, 'train on 2,500 digits of MNIST with five seeds and measure speed; needs a GPU')
     small:bool = option(False, "train on 200 of scikit-learn's digits with three seeds, on the CPU; a few minutes on two cores")
-    seeds:int|None = option(None, 'how many seeds; none: 2, 3 with --small, 5 with --full', lo=1)
+    seeds:int|None = option(None, 'how many seeds; none: 2, 3 with --small, 5 with --full and 8 for its figure 5', lo=1)
     jobs:int|None = option(None, 'processes that train side by side; 0: this one; none: 0, 2 with --small, with --full 8 for a GPU and one for two cores at most', lo=0)
     limit:float|None = option(None, 'seconds; what is not learned after three quarters of them, or measured after all, is left out and named', lo=1)
     out:str = option('ablation', 'folder of the results and of the finished runs')
@@ -711,11 +725,16 @@ class AblateConfig(Options):
         return asked or [w for w in TITLES if w != '1' or known('vmamba_tiny')]
 
 # %% ../nbs/14_ablation.ipynb #a14ablate
-def picture(what, rows, lab):
+def picture(what, rows):
     "The figure, or the table as a picture."
     if what == 'figure 4': return draw_figure4(rows)
     if what == 'figure 1': return draw_figure1(rows, table1() if known('vmamba_tiny') else None)
     return draw_table(rows, TITLES[what])
+
+def from_lab(what, lab):
+    "Rows, text and picture, as of `figure5`."
+    rows = table(what, lab)
+    return (rows, table_text(rows), picture(what, rows)) if rows else ([], '', None)
 
 def full_jobs()->int: # processes
     "Eight for each GPU, as long as there are two cores for each."
@@ -725,22 +744,23 @@ def ablate(
     cfg:AblateConfig, # what to make
 )->dict: # its name → rows
     "Learn, measure, count; write CSV and PNG, each whole or not at all. Raises `UserError`."
-    study, out, now = cfg.study, Path(cfg.out), time.monotonic()
+    study, out, now, wishes = cfg.study, Path(cfg.out), time.monotonic(), cfg.wishes()
     seeds, jobs = dict(reduced=(2, 0), small=(3, 2), full=(5, full_jobs()))[study]
     until = [now + (cfg.limit or math.inf)*part for part in (.75, 1)]
     out.mkdir(parents=True, exist_ok=True)
-    lessons = list(dict.fromkeys(k for w in cfg.wishes() for k in lessons_of(w)))
+    lessons = list(dict.fromkeys(k for w in wishes for k in lessons_of(w)))
     todo = wanted(study, lessons, cfg.seeds or seeds, read_runs(out))
     if todo: image_folder(STUDIES[study].images)                   # before several processes want it
     jobs = jobs if cfg.jobs is None else cfg.jobs
-    if jobs: Thread(target=lambda: [table(w, Lab(study, out, {}, False)) for w in cfg.wishes()], daemon=True).start()   # counts, while others learn
+    if jobs: Thread(target=lambda: [table(w, Lab(study, out, {}, False)) for w in wishes if w != 'figure 5'], daemon=True).start()   # counts, while others learn
     lab, made = Lab(study, out, learn_all(todo, out, jobs, until[0]), cfg.full, until[1]), {}
-    for what in cfg.wishes():
-        made[what] = rows = table(what, lab)
+    for what in wishes:
+        made[what], text, fig = figure5(study, out, cfg.seeds, jobs, until[0]) if what == 'figure 5' else from_lab(what, lab)
+        if not made[what]: print(f'{TITLES[what]} ({study} study): nothing was finished in time', end='\n\n'); continue
         name = what.replace(' ', '-') if ' ' in what else f'table-{what}'
-        write_csv(out/f'{name}.csv', rows)
-        with replacing(out/f'{name}.png') as temporary: picture(what, rows, lab).savefig(temporary, format='png', dpi=110)
-        print(f'{TITLES[what]} ({study} study)', table_text(rows), f'→ {out/name}.csv, .png', sep='\n', end='\n\n')
+        write_csv(out/f'{name}.csv', made[what])
+        with replacing(out/f'{name}.png') as temporary: fig.savefig(temporary, format='png', dpi=110)
+        print(f'{TITLES[what]} ({study} study)', text, f'→ {out/name}.csv, .png', sep='\n', end='\n\n')
     return made
 
 # %% ../nbs/14_ablation.ipynb #a14clic
