@@ -9,12 +9,11 @@ __all__ = ['conv_relu_fits', 'conv_relu', 'hidden_map']
 from importlib.util import find_spec
 from types import SimpleNamespace
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from .launch import launch, recorded
 from .scan import _check_shape, _state_dtype
-from .fused import _act, _cdiv, _fast, _no_second_derivative, _pow2, _tl
+from .fused import _act, _cdiv, _fast, _pow2, _tl
 
 # %% ../nbs/02ba_sliding.ipynb #02d00004
 if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, constexpr=None)
