@@ -42,7 +42,7 @@ def _conv_rows(x, taps, bias, y, B, HI, WI, H, W, n_w, n_r, rows, PAD: tl.conste
     ok = (j < W) & (b + p//BW < B)
     t, sums = (), ()
     for i in tl.static_range(K*K): t += (tl.load(taps + i*O*C + o[None]*C + c[:,None]).to(DT),)
-    for i in tl.static_range(K - 1): sums += (tl.zeros((BI*BW, O), ST),)
+    for _i in tl.static_range(K - 1): sums += (tl.zeros((BI*BW, O), ST),)
     add, b = tl.load(bias + o).to(ST)[None], b.to(tl.int64)
     x += ((b*HI + r0 - PAD)*WI + j0 - PAD)*C; y += ((b*H + r0 - K + 1)*W + j0)*O
     x_at, y_at = (p//BW*(HI*WI) + p % BW)[:,None]*C + c[None], (p//BW*(H*W) + p % BW)[:,None]*O + o[None]
