@@ -91,7 +91,7 @@ class ConvFFN(FFN):
     )->Tensor: # (B, H, W, m)
         "Convolution and GELU: neither mixes channels."
         k, bias = self.dwconv.weight[part], self.dwconv.bias[part]
-        return F.gelu(F.conv2d(h.permute(0, 3, 1, 2), k, bias, padding=1, groups=len(k))).permute(0, 2, 3, 1)
+        return F.gelu(F.conv2d(h.permute(0, 3, 1, 2), k, bias, padding=1, groups=len(k)).permute(0, 2, 3, 1))      # in this order it is one contiguous map
 
 # %% ../nbs/07_released.ipynb #56208b4a
 class ReleasedBlock(nn.Module):
