@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .launch import launch, recorded
 from .scan import _is_exporting, _pick, _scan_flops, _state_dtype
 from .fused import _cdiv, _pow2, _conv, _conv_backward, _gated, _gated_grads, _new, _no_autocast, _no_second_derivative, _parameter
-from .fused import _check_map, _scan_plan, _tl
+from .fused import _check_map, _p2, _scan_plan, _stages, _tl, _types
 from .sliding import hidden_map
 
 # %% ../nbs/02c_blocks.ipynb #02c00010
@@ -61,13 +61,6 @@ def narrow(
     if unit == wide: return p
     for d in dims: p = p.unflatten(d, (-1, wide)).narrow(d + 1, 0, unit).flatten(d, d + 1)
     return p
-
-# %% ../nbs/02c_blocks.ipynb #02c00020
-def _p2(n, least=16): return max(least, _pow2(n))
-
-def _types(x):
-    "Dtypes of sums and of products' factors. (Triton's interpreter knows no bfloat16 products.)"
-    return dict(ST=_tl(_state_dtype(x)), DT=_tl(x.dtype if x.is_cuda else _state_dtype(x)))
 
 # %% ../nbs/02c_blocks.ipynb #02c0001f
 @triton.jit
@@ -135,8 +128,6 @@ PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
 
 # %% ../nbs/02c_blocks.ipynb #02c0002a
 def _units(units, c): return dict(UNIT=units[0], WIDE=units[1]) if units else dict(UNIT=c, WIDE=c)
-
-def _stages(x, n): return n if x.itemsize <= 4 else 1                           # 64 bits: a block loaded ahead would not fit
 
 def _tiles(x, plan):
     "(B, L, C), rows and warps a program, tiles an image, further numbers of the plan."

@@ -196,11 +196,26 @@ def _dwconv_forward(x, weight, bias, y, H, W, channels, sb, sh, sw: tl.constexpr
         _put(y, out, in_c, w, W, yw, TW, 0, EXACT)
         y += yh
 
-# %% ../nbs/02b_fused.ipynb #c6964398
+# %% ../nbs/02b_fused.ipynb #02b0c000
 def _cdiv(a, b): return -(-a//b)
 
 def _pow2(n): return 1 << max(0, n - 1).bit_length()     # the next power of 2; Triton's own takes ten times as long
 
+def _p2(n, least=16): return max(least, _pow2(n))
+
+def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
+
+def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
+
+def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
+
+def _types(x):
+    "Dtypes of sums and of products' factors. (Triton's interpreter knows no bfloat16 products.)"
+    return dict(ST=_tl(_state_dtype(x)), DT=_tl(x.dtype if x.is_cuda else _state_dtype(x)))
+
+def _stages(x, n): return n if x.itemsize <= 4 else 1                       # 64 bits: a block loaded ahead would not fit
+
+# %% ../nbs/02b_fused.ipynb #c6964398
 def _conv_plan(h, w, c, backward):
     "(columns, channels, rows, warps) of a program."
     cols = min((7, 6, 5, 4), key=lambda n: _cdiv(w, n)*(n + 2))
@@ -210,12 +225,6 @@ def _conv_plan(h, w, c, backward):
 def _side_by_side(x):
     "A map with its channels side by side in memory: itself, or a copy."
     return x if x.stride(3)==1 or x.shape[3]==1 else x.contiguous()
-
-def _fast(x): return x.is_cuda and x.itemsize == 2 and type(_phi).__name__ == 'JITFunction'      # the hardware's approximations are good enough for 16 bits
-
-def _tl(dtype): return getattr(tl, str(dtype).removeprefix('torch.'))
-
-def _new(x): return torch.empty(x.shape, dtype=x.dtype, device=x.device)    # contiguous, whatever x is
 
 def _conv_launch(x, backward, unit=None):
     "(programs, blocks of channels, columns and rows with the rows in each, meta). unit: channels that exist in each of four groups, if there are others."
@@ -648,7 +657,7 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states,
 # %% ../nbs/02b_fused.ipynb #ee413585
 def _scan_plan(unit):
     "Steps of a tile, warps forward, warps backward; channels of a group."
-    wide = max(16, _pow2(unit))
+    wide = _p2(unit)
     return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
 
 def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
@@ -663,9 +672,9 @@ def _gated_launch(u, A, dt_weight, walks, back, log):
     unit, wide = len(A)//len(walks), d//len(walks)                              # a map's groups may stand further apart than they are wide
     steps, *warps = _scan_plan(wide)
     k, few = -(-(h*w)//steps), n == 1 and r <= 2
-    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=max(16, _pow2(r + 2*n)), FEW=few,
-                GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=max(16, _pow2(wide)), num_warps=warps[back],
-                ST=_tl(_state_dtype(u)), DT=_tl(u.dtype if u.is_cuda else _state_dtype(u)))    # Triton's interpreter knows no bfloat16 products
+    meta = dict(FAST=_fast(u), LOG=log, WIDE=wide, G=len(walks), R=r, N=n, NP=_pow2(n), RP=_p2(r + 2*n), FEW=few,
+                GATHER=_HAS_GATHER and (not few or wide > 16 and not back), RUNS=steps//4, DB=_p2(wide), num_warps=warps[back],
+                **_types(u))
     return (b*len(walks), -(-k//_per(k))), k, (h, w, sum(code << 2*i for i,code in enumerate(walks)), k, _per(k)), unit, meta
 
 # %% ../nbs/02b_fused.ipynb #ee413586
