@@ -178,7 +178,9 @@ def _step(note, places):
 class _Tape:
     "A recording: call it with tensors like those it was made with."
     def __init__(self, recorder, given, results):
-        last, self.given, self.made, self.steps = {}, given, len(recorder.places) - given, []
+        if not isinstance(results, (Tensor, tuple)): raise CannotRecord(f'the function returns a {type(results).__name__}')
+        last, self.given, self.made, self.steps, self.one = {}, given, len(recorder.places) - given, [], isinstance(results, Tensor)
+        results = [recorder.place(r) for r in ((results,) if self.one else results)]
         for i, note in enumerate(recorder.steps):
             last.update((p.slot, i) for p in (*note.args, *note.kwargs.values()) if isinstance(p, _Place))
         kept = {p.slot for p in results}
@@ -191,16 +193,17 @@ class _Tape:
     def __call__(self, tensors):
         room, base = [*tensors, *[None]*self.made], [*[t.data_ptr() for t in tensors], *[0]*self.made, 0]
         for step in self.steps: step(room, base)
-        return tuple([result(room) for result in self.results])
+        results = tuple([result(room) for result in self.results])
+        return results[0] if self.one else results
 
 # %% ../nbs/02a_launch.ipynb #02a0001b
 def _record(f, args):
-    "Run f and record it: its results, a tuple of tensors, and the tape."
+    "Run f and record it: its results and the tape."
     given = [a for a in args if isinstance(a, Tensor)]
     _now.recorder = recorder = _Recorder(given)
     try:
         with recorder: results = f(*args)
-        return results, _Tape(recorder, len(given), [recorder.place(r) for r in results])
+        return results, _Tape(recorder, len(given), results)
     finally: _now.recorder = None
 
 # %% ../nbs/02a_launch.ipynb #02a0001c
@@ -215,7 +218,7 @@ def unrecorded():
     finally: _PLAYING = before
 
 def recorded(
-    f:Callable, # of tensors, of which one comes first, numbers and tuples of numbers, to a tuple of tensors; nothing but the kind of its arguments may decide what it does
+    f:Callable, # of tensors, of which one comes first, numbers and tuples of numbers, to a tensor or a tuple of tensors; nothing but the kind of its arguments may decide what it does
     device:str='cuda', # type of device where it is recorded; elsewhere it is called
 )->Callable: # the same function
     "f, recorded for every kind of arguments and then played back. Without gradients: for use inside operators."
