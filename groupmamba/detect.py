@@ -35,7 +35,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .data import BadImage, FolderReader, UserError, names, option, read_image, write_table
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
     gpu_wanted, load_dense, need, palette, task_command, tensor_of
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, say_where
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, one_of_several, say_where
 
 # %% ../nbs/12b_detect.ipynb #5b5acc65
 NORMS = dict(none=None, group=lambda c: nn.GroupNorm(min(32, c//4), c), batch=nn.BatchNorm2d) # in FPN and mask head
@@ -458,6 +458,7 @@ def measure_detection(fabric, # launched
                       state:dict, # the checkpoint
                       )->dict: # box_ap, ...
     "The part of `evaluate_detection` that every process does."
+    one_of_several(fabric)
     loader = dense_loader(DenseData(reader, DetectView(False)), cfg.batch_size, False, 0, cfg.num_workers, fabric)
     found = average_precision(fabric, fabric.to_device(model), loader)
     fabric.print(f'{state["config"]["model"]} after epoch {state["epoch"]}, {len(reader)} images of {reader.path}')

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from .data import IMAGE_EXTENSIONS, BadImage, FolderReader, UserError, image_files, names, option, read_image
 from .dense import BackboneOptions, DenseData, DenseTask, Pyramid, SceneOptions, Spared, Uncast, data_folder, dense_loader, draw_pairs, \
     load_dense, need, palette, task_command, tensor_of
-from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, part_size, \
+from .train import WEIGHTS, DeviceOptions, HardwareOptions, RunOptions, StepOptions, draw_curves, make_fabric, one_of_several, part_size, \
     say_where, write_csv
 
 # %% ../nbs/12c_segment.ipynb #7ddd7b20
@@ -428,6 +428,7 @@ def measure_segmentation(fabric, # launched
                          epoch:int, # of the checkpoint
                          )->dict: # miou, acc, loss
     "The part of `evaluate_segmentation` that every process does."
+    one_of_several(fabric)
     loader = dense_loader(DenseData(reader, WholeView()), 1, False, 0, cfg.num_workers, fabric)
     how = (SCALES, True) if cfg.multi_scale else ((1.,), False)
     found, confusion = SEGMENTATION.measure(fabric, fabric.to_device(model), loader, len(reader.classes), old, *how)

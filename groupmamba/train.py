@@ -8,15 +8,15 @@ __all__ = ['PLAIN', 'RECIPES', 'CLASSIFICATION', 'SIGNALS', 'FORMAT', 'MAY_CHANG
            'make_config', 'model_args', 'make_model', 'adapt', 'kept_for_backward', 'peak_and_end_lr', 'make_optimizer',
            'make_scheduler', 'make_fabric', 'set_backend', 'part_size', 'run_folder', 'held', 'claim_folder',
            'write_csv', 'append_csv', 'cut_csv', 'Task', 'Run', 'find_teacher', 'make_classifier', 'prepare',
-           'ignore_signals', 'make_loaders', 'ready_classifier', 'place', 'setup', 'die_with_parent', 'forward', 'Seen',
-           'agree', 'update', 'give_up', 'train_step', 'write_config', 'open_logs', 'log', 'progress_bar',
-           'peak_memory', 'count', 'train_one_epoch', 'validate', 'validate_all', 'best_weights', 'rng_states',
-           'save_checkpoint', 'also_as', 'drop_old', 'load_checkpoint', 'check_same', 'restore', 'end_epoch',
-           'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion', 'draw_run', 'say_where',
-           'report', 'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig', 'PredictConfig',
-           'pick_weights', 'load_model', 'eval_images', 'write_per_class', 'evaluate', 'measure', 'predict', 'Parser',
-           'default_text', 'add_field', 'make_parser', 'run_cli', 'train_command', 'train_cli', 'eval_cli',
-           'predict_cli']
+           'ignore_signals', 'make_loaders', 'ready_classifier', 'place', 'setup', 'die_with_parent', 'leave',
+           'one_of_several', 'forward', 'Seen', 'agree', 'update', 'give_up', 'train_step', 'write_config', 'open_logs',
+           'log', 'progress_bar', 'peak_memory', 'count', 'train_one_epoch', 'validate', 'validate_all', 'best_weights',
+           'rng_states', 'save_checkpoint', 'also_as', 'drop_old', 'load_checkpoint', 'check_same', 'restore',
+           'end_epoch', 'heeding_signals', 'fit', 'sample_predictions', 'draw_curves', 'draw_confusion', 'draw_run',
+           'say_where', 'report', 'headline', 'work', 'train', 'estimate', 'value_text', 'dry_run', 'EvalConfig',
+           'PredictConfig', 'pick_weights', 'load_model', 'eval_images', 'write_per_class', 'evaluate', 'measure',
+           'predict', 'Parser', 'default_text', 'add_field', 'make_parser', 'run_cli', 'train_command', 'train_cli',
+           'eval_cli', 'predict_cli']
 
 # %% ../nbs/10_train.ipynb #9f00a992
 import argparse, csv, difflib, json, math, os, re, shutil, signal, sys, tempfile, textwrap, threading, time, warnings
@@ -452,7 +452,7 @@ def place(run:Run, # from `prepare`
           )->Run: # the same, ready for `fit`
     "Moves a run to its devices and, if there is an earlier part of it, goes on from there. Raises `UserError`."
     cfg, fabric = run.cfg, run.fabric
-    if fabric.local_rank: die_with_parent()
+    one_of_several(fabric)
     warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides') # DDP on depthwise kernels: nothing to be done
     run.out, run.resuming = fabric.broadcast((run.out, run.resuming))
     run.train_loader, run.val_loader = run.task.loaders(run)
@@ -484,6 +484,22 @@ def die_with_parent(seconds:float=1.): # between two looks
         while os.getppid() == parent: time.sleep(seconds)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/10_train.ipynb #43525570
+def leave(status:int): # exit code
+    "Ends this process; with a failure, and among others, without a word to them."
+    if status and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for out in (sys.stdout, sys.stderr): out.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+def one_of_several(fabric:Fabric): # launched
+    "What a process of several does first, so that a failure in any of them ends all: it watches its parent, and an exception ends it at once."
+    if fabric.world_size == 1: return
+    if fabric.local_rank: die_with_parent()
+    show = sys.excepthook
+    def failed(*error): show(*error); leave(1)
+    sys.excepthook = failed
 
 # %% ../nbs/10_train.ipynb #57184222
 def forward(run:Run, # its model, loss, teacher and mixup
@@ -1082,6 +1098,7 @@ def measure(fabric:Fabric, # launched
             state:dict, # the checkpoint
             )->dict: # `loss`, `top1`, `top5`, `images_per_s`
     "The part of `evaluate` that every process does."
+    one_of_several(fabric)
     loader = make_loader(data, cfg.batch_size, False, num_workers=cfg.num_workers, rank=fabric.global_rank, world=fabric.world_size,
                          pin_memory=fabric.device.type == 'cuda')
     loader, model = fabric.setup_dataloaders(loader, use_distributed_sampler=False), fabric.to_device(model)
@@ -1115,6 +1132,10 @@ def predict(cfg:PredictConfig, # checkpoint and images
 class Parser(argparse.ArgumentParser):
     "An argument parser that refuses in one line."
     def error(self, message): self.exit(2, f'{self.prog}: error: {message}\n')
+
+    def exit(self, status=0, message=None):
+        if message: self._print_message(message, sys.stderr)
+        leave(status)
 
     def read(self,
              argv:list[str]|None, # none: what the user typed
