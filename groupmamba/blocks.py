@@ -1067,8 +1067,8 @@ def fused_dtype(
 def eager_cpu(
     x:Tensor, # any tensor that a layer works on
 )->bool: # may the layer take a shorter way that has no gradient?
-    "The same place chooses on a CPU: yes for plain numbers of which nobody wants gradients, where no compiler, `torch.export`, `torch.fx`, autocast or `plain_form()` has a say."
-    if torch.is_grad_enabled() or _PLAIN or torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter): return False   # nor stand-ins for numbers
+    "The same place chooses on a CPU: yes for plain numbers of which nobody wants gradients, where nobody looks on and neither autocast nor `plain_form()` has a say."
+    if torch.is_grad_enabled() or _PLAIN or not _unwatched(x): return False
     return x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
 
 # %% ../nbs/02c_blocks.ipynb #02ccpu01

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'FOUR', 'EIGHT', 'SCANS', 'check_directions', 'to_sequences', 'to_map', 'scan_order', 'to_phases',
-           'from_phases', 'directional_scan', 'cross_scan', 'scan_along', 'GroupedMamba']
+           'from_phases', 'directional_scan', 'walk_first', 'cross_scan', 'scan_along', 'GroupedMamba']
 
 # %% ../nbs/04_grouped.ipynb #f443d82d
+from collections.abc import Callable
 from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from einops import rearrange
-from .scan import _check_inputs, _pick, selective_scan
-from .blocks import eager_cpu
+from .scan import _check_inputs, _pick, _scan_blocks, _scan_op, selective_scan
+from .blocks import _called, eager_cpu
 from .vsss import VSSS, map_to_seq
 
 # %% ../nbs/04_grouped.ipynb #2ab37bdc
@@ -155,6 +156,21 @@ def directional_scan(
     return to_map(y, *u.shape[1:3], directions)
 
 directional_scan.one_way = True   # every group walks once: what `MambaMixer` may fuse
+
+# %% ../nbs/04_grouped.ipynb #a404cpul
+def walk_first(
+    u:Tensor, # input map (B, H, W, D), float32 or float64, on a CPU
+    select:Callable, # `Selection.ssm_inputs`: works on (..., D), position by position
+    directions:tuple=FOUR, # as in `directional_scan`
+)->Tensor: # y in place order (B, H, W, D)
+    "`directional_scan(u, *select(u), directions)`, selected in the order of the walk. Without gradients."
+    rows = to_sequences(u, directions).mT                                                    # (B, L, D)
+    delta, A, B, C, D, bias = select(rows)
+    rows, delta, B, C = (m.unflatten(-1, (B.shape[-1]//A.shape[1], -1)) for m in (rows, F.softplus(delta + bias), B, C))
+    y, *_ = _called(_scan_op, _scan_blocks, rows, delta, A.unflatten(0, (rows.shape[2], -1)).mT, B, C)
+    return to_map(torch.addcmul(y, rows, D.view(rows.shape[2:])).flatten(2).mT, *u.shape[1:3], directions)
+
+directional_scan.walk_first = walk_first
 
 # %% ../nbs/04_grouped.ipynb #c4osscd1
 def cross_scan(

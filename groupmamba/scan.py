@@ -210,8 +210,7 @@ def _touch_log1p():
     torch.log1p(torch.full((64,), -0., device='cpu'))
 
 # %% ../nbs/01_scan.ipynb #d86dcb14
-@torch.library.custom_op("groupmamba::scan", mutates_args=(), schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C) -> (Tensor, Tensor, Tensor)")
-def _scan_op(u, delta, A, B, C):
+def _scan_blocks(u, delta, A, B, C):
     "y (b, l, g, d), last state (b, g, n, d) and the states at the borders of the blocks, (b, blocks+1, g, n, d)."
     if not u.is_cuda: _touch_log1p()                   # for the softplus of the calls to come
     (b,l,g,d),n = u.shape, A.shape[1]
@@ -230,6 +229,8 @@ def _scan_op(u, delta, A, B, C):
                 h = borders[bs,j+1].copy_(x[:,-1])
                 _read(_at(C,bs,ls), x[:,:ls.stop-ls.start], y[bs,ls])
     return y, borders[:,-1].clone(), borders
+
+_scan_op = torch.library.custom_op("groupmamba::scan", _scan_blocks, mutates_args=(), schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C) -> (Tensor, Tensor, Tensor)")
 
 # %% ../nbs/01_scan.ipynb #f24bb27b
 def _time_first(x, g):
