@@ -1227,4 +1227,5 @@ d = { 'settings': { 'branch': 'main',
                                  'groupmamba.vsss.selected_scan': ('vsss.html#selected_scan', 'groupmamba/vsss.py'),
                                  'groupmamba.vsss.seq_to_map': ('vsss.html#seq_to_map', 'groupmamba/vsss.py'),
                                  'groupmamba.vsss.split_groups': ('vsss.html#split_groups', 'groupmamba/vsss.py'),
+                                 'groupmamba.vsss.walk_of': ('vsss.html#walk_of', 'groupmamba/vsss.py'),
                                  'groupmamba.vsss.ways_of': ('vsss.html#ways_of', 'groupmamba/vsss.py')}}}

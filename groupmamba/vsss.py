@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['init_weights', 'group_product', 'GroupLinear', 'GroupLayerNorm', 'as_built', 'FFN', 'in_parts', 'map_to_seq',
-           'seq_to_map', 'raster_scan', 'init_A_log', 'init_dt_bias', 'split_groups', 'Selection', 'selected_scan',
-           'MambaMixer', 'ways_of', 'fused_mixer', 'VSSS']
+           'seq_to_map', 'raster_scan', 'init_A_log', 'init_dt_bias', 'split_groups', 'Selection', 'walk_of',
+           'selected_scan', 'MambaMixer', 'ways_of', 'fused_mixer', 'VSSS']
 
 # %% ../nbs/03_vsss.ipynb #bb4ccb60
 import math
@@ -42,7 +42,7 @@ def group_product(
 )->Tensor: # (..., groups·o), group-major
     "Each group of channels times a matrix of its own, as `F.linear` does it for one."
     x, w = x.unflatten(-1, (groups, -1)), w.unflatten(0, (groups, -1))
-    if not eager_cpu(x) or x.shape[-1] == 1: return torch.einsum('...gi,goi->...go', x, w).flatten(-2)      # of one number, which is no product of matrices
+    if not eager_cpu(x) or x.shape[-1] == 1: return torch.einsum('...gi,goi->...go', x, w).flatten(-2)      # of one number: a multiplication
     y = x.new_empty(*x.shape[:-1], w.shape[1])
     torch.bmm(x.reshape(-1, *x.shape[-2:]).transpose(0, 1), w.mT, out=y.view(-1, *y.shape[-2:]).transpose(0, 1))
     return y.flatten(-2)
@@ -219,16 +219,23 @@ class Selection(nn.Module):
         return -torch.exp(A_log), D, dt_bias
 
 # %% ../nbs/03_vsss.ipynb #a303cpuo
+def walk_of(
+    scan:Callable, # the `scan` of a mixer
+)->tuple: # the function that walks and its directions; None and () where it is not that simple
+    "What a `partial` says that gives a function its `directions`, and nothing else."
+    plain = isinstance(scan, partial) and not scan.args and set(scan.keywords) == {'directions'}
+    return (scan.func, scan.keywords['directions']) if plain else (None, ())
+
 def selected_scan(
     m:nn.Module, # `Selection` with a `scan`
     u:Tensor, # image map (B, H, W, d_inner)
 )->Tensor: # image map (B, H, W, d_inner)
     "`m.scan` of u with the parameters that m selects, before the walk or after it."
-    scan = m.scan
-    short = getattr(scan.func, 'walk_first', None) if isinstance(scan, partial) and not scan.args and set(scan.keywords) == {'directions'} else None
-    own = short and as_built(m.x_proj) and type(m).ssm_inputs is Selection.ssm_inputs and 'ssm_inputs' not in vars(m)
-    if own and eager_cpu(u) and u.dtype in (torch.float32, torch.float64): return short(u, m.ssm_inputs, scan.keywords['directions'])
-    return scan(u, *m.ssm_inputs(u))
+    walker, directions = walk_of(m.scan)
+    watched = not as_built(m.x_proj) or getattr(m.ssm_inputs, '__func__', None) is not Selection.ssm_inputs
+    if hasattr(walker, 'walk_first') and not watched and eager_cpu(u) and u.dtype in (torch.float32, torch.float64):
+        return walker.walk_first(u, m.ssm_inputs, directions)
+    return m.scan(u, *m.ssm_inputs(u))
 
 # %% ../nbs/03_vsss.ipynb #4b03988a
 class MambaMixer(Selection):
@@ -268,9 +275,8 @@ def ways_of(
 )->tuple|None: # 'lr', 'rl', 'tb' or 'bt' for every group; None where it is not that simple
     "The direction of every group: of `raster_scan`, or of a `partial` that gives a function marked `one_way` its `directions`, and nothing else."
     if scan is raster_scan: return ('lr',)*groups
-    if not isinstance(scan, partial) or not getattr(scan.func, 'one_way', False) or scan.args or set(scan.keywords) != {'directions'}: return None
-    names = scan.keywords['directions']
-    if groups % len(names) or not all(d in ('lr', 'rl', 'tb', 'bt') for d in names): return None
+    walker, names = walk_of(scan)
+    if not getattr(walker, 'one_way', False) or groups % len(names) or not all(d in ('lr', 'rl', 'tb', 'bt') for d in names): return None
     return tuple(d for d in names for _ in range(groups//len(names)))
 
 # %% ../nbs/03_vsss.ipynb #a303cpu6
