@@ -55,10 +55,10 @@ def _softplus(x):
 
 # %% ../nbs/02_kernels.ipynb #fcdf1b9d
 @triton.jit
-def _my_block(channels, unit, per_unit, DB: tl.constexpr):
-    "What this program works on: (sequence of the batch, block, first channel of its unit, its channels, which of them exist)."
+def _my_block(block, channels, unit, per_unit, DB: tl.constexpr):
+    "What number `block` of a walk through everything is: (sequence of the batch, block, first channel of its unit, its channels, which of them exist)."
     n_blocks = channels//unit*per_unit
-    b, block = (tl.program_id(0)//n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
+    b, block = (block//n_blocks).to(tl.int64), block % n_blocks
     first, c = block//per_unit*unit, block % per_unit*DB + tl.arange(0, DB)
     return b, block, first, first + c, c < unit
 
@@ -121,20 +121,28 @@ def _row(x, i, RUNS: tl.constexpr):
     return tl.broadcast_to(tl.sum(tl.where(tl.arange(0, RUNS)[:,None] == i, x, 0.), 0)[None], x.shape)
 
 @triton.jit
-def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
-    """The states that enter the runs, and in every row of a tile (RUNS, DB) the one that leaves the last; h enters the first.
-    BACK: the first run is the one at the end."""
+def _between(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
+    """The states that enter the runs of a tile (RUNS, DB), and those that leave them; h enters the first.
+    BACK: the first run is the one at the end; GATHER then turns the states that leave around."""
     if RUNS == 1: return h, S + P*h
     elif GATHER:
         r = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
         if BACK: P, S = _from_run(P, RUNS - 1 - r), _from_run(S, RUNS - 1 - r)
         p, s = tl.associative_scan((P, S), 0, _after)
-        out = s + p*h                                            # what leaves the runs
+        out = s + p*h
         before, first = (RUNS - 2 - r, RUNS - 1) if BACK else (r - 1, 0)
-        return tl.where(r == first, h, _from_run(out, tl.maximum(before, 0))), _from_run(out, r*0 + (RUNS - 1))
+        return tl.where(r == first, h, _from_run(out, tl.maximum(before, 0))), out
     else:
         q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
-        return into + q*h, _row(s + p*h, 0 if BACK else RUNS - 1, RUNS)
+        return into + q*h, s + p*h
+
+@triton.jit
+def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
+    "The states that enter the runs, and in every row the one that leaves the last."
+    into, out = _between(P, S, h, RUNS, BACK, GATHER)
+    if RUNS == 1: return into, out
+    elif GATHER: return into, _from_run(out, tl.broadcast_to(tl.arange(0, RUNS)[:,None]*0 + (RUNS - 1), P.shape))
+    else: return into, _row(out, 0 if BACK else RUNS - 1, RUNS)
 
 # %% ../nbs/02_kernels.ipynb #ea3355bf
 @triton.jit
@@ -210,6 +218,30 @@ def _matrix(ptr, n, p0, p1, p2, p3, sp, sn, d, in_d, N: tl.constexpr, VARIES: tl
     if VARIES: return _join4(tl.load(ptr + p0*sp), tl.load(ptr + p1*sp), tl.load(ptr + p2*sp), tl.load(ptr + p3*sp)).to(ST)[:,None,:]
     else: return _load_row(ptr, d*N, in_d, ST)
 
+# %% ../nbs/02_kernels.ipynb #ba7e0001
+_NOT_YET = tl.constexpr(torch.finfo(torch.float32).min)          # no state yet
+
+@triton.jit
+def _wait(ptr, mask):
+    "Numbers that another program writes, 0 outside of `mask`: asks until all are there."
+    x = tl.load(ptr, mask=mask, other=0, volatile=True)
+    while tl.max((x == _NOT_YET).to(tl.int32), 0) > 0: x = tl.load(ptr, mask=mask, other=0, volatile=True)
+    return x
+
+@triton.jit
+def _hand_on(ptr, x, d, mask, RUNS: tl.constexpr):
+    "Write the last row of a tile (RUNS, DB) for a program that waits. (A state that happens to be the lowest number is as good as lost, and says so.)"
+    r = tl.arange(0, RUNS)[:,None]
+    tl.store(ptr + (r*0 + d[None]), tl.where(x == _NOT_YET, float('-inf'), x), mask=(r == RUNS - 1) & mask[None])
+
+@triton.jit
+def _pass_on(P, S, before, is_before, after, is_after, d, in_d, RUNS: tl.constexpr, GATHER: tl.constexpr):
+    "`_between`, where the tiles before and after this one are other programs' work, if there are any: wait there, hand on here."
+    h = tl.broadcast_to(_wait(before + d, in_d & is_before)[None], P.shape)
+    into, out = _between(P, S, h, RUNS, False, GATHER)
+    _hand_on(after, out, d, in_d & is_after, RUNS)
+    return into, out
+
 # %% ../nbs/02_kernels.ipynb #ac3517d0
 @triton.jit
 def _pick(x, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr):
@@ -223,6 +255,7 @@ def _put(x, i, n, h, N: tl.constexpr, RUNS: tl.constexpr):
     if N == 1: return h
     else: return tl.where(i[:,None] == n, tl.sum(tl.where(tl.arange(0, RUNS)[:,None] == 0, h, 0.), 0)[None], x)
 
+# %% ../nbs/02_kernels.ipynb #ba7e0006
 @triton.jit
 def _store_state(ptr, h, d, in_d, RUNS: tl.constexpr):
     "One row of a tile whose rows are all the same."
@@ -235,13 +268,23 @@ def _store_borders(ptr, h, k, tiles, s, d, in_d, RUNS: tl.constexpr, BACK_RUNS: 
     r = k*RUNS + tl.arange(0, RUNS)[:,None]
     tl.store(ptr + (r//BACK_RUNS*s + d[None]), h, mask=(r % BACK_RUNS == 0) & (r//BACK_RUNS < tiles) & in_d[None])
 
+@triton.jit
+def _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N: tl.constexpr, RUNS: tl.constexpr, GATHER: tl.constexpr):
+    "`_pass_on` of state n and tile k. handed: (B, K - 1, N, D), what leaves each tile but the last, from which it goes to `last`, (B, D, N)."
+    here = handed + ((b*(K - 1) + k)*N + n)*channels
+    into, out = _pass_on(P, S, here - N*channels, k > 0, here, k < K - 1, d, in_d, RUNS, GATHER)
+    _hand_on(last + b*channels*N + n, out, d*N, in_d & (k == K - 1), RUNS)
+    return into, out
+
 # %% ../nbs/02_kernels.ipynb #496f820c
 @triton.jit
-def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walks, K, tiles, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
+def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, handed, LA, H, W, walks, K, tiles, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
     channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
-    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, BACK_RUNS: tl.constexpr):
-    "K tiles of RUNS runs of four steps and DB channels. MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
-    b, _block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
+    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, BACK_RUNS: tl.constexpr, RELAY: tl.constexpr):
+    "K tiles of RUNS runs of four steps and DB channels, or one of them (RELAY). MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
+    pid, blocks = tl.program_id(0), tl.num_programs(0)//K if RELAY else tl.num_programs(0)
+    begin = pid//blocks if RELAY else 0
+    b, _block, first, d, in_d = _my_block(pid % blocks if RELAY else pid, channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
     end = K*4*RUNS if EVEN else L
     u += b*ub; dt += b*tb; y += b*yb
@@ -253,7 +296,7 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
     if N == 1: A0 = _load_row(A, d, in_d, ST)*_LOG2E
     if D is not None: skip = _load_row(D, d, in_d, ST)
     if bias is not None: shift = _load_row(bias, d, in_d, ST)
-    for k in tl.range(K, num_stages=STAGES):
+    for k in tl.range(begin, begin + 1 if RELAY else K, num_stages=STAGES):
         t = (k*RUNS + tl.arange(0, RUNS))*4
         p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
         x = _read(u, us, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
@@ -265,16 +308,17 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, LA, H, W, walk
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
             w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
             P, S = _local(a, w)
-            h, h0 = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)   # carry
+            if RELAY: h, h0 = _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N, RUNS, GATHER)
+            else: h, h0 = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)         # carry
             _store_borders(borders + (b*tiles*N + n)*channels, h, k, tiles, N*channels, d, in_d, RUNS, BACK_RUNS)
-            h_all = _put(h_all, i, n, h0, N, RUNS)
+            if not RELAY: h_all = _put(h_all, i, n, h0, N, RUNS)
             out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
             gate = _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
             out *= gate*_sigmoid(gate)
         _write(y, ys, out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
     if N == 1: _store_state(last + b*channels, h_all, d, in_d, RUNS)
-    else: tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
+    elif not RELAY: tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
 
 # %% ../nbs/02_kernels.ipynb #03dd3a0c
 def _unit(d, B, C, n_walks):
@@ -301,9 +345,8 @@ def _same_order(u, *xs):
 def _plan(u, A, B, C, n_walks):
     "Tiles of the forward and of the backward kernel, each (runs, channels, `gather`?, warps, loads in flight)."
     unit, single = _unit(u.shape[2], B, C, n_walks), u.dtype==torch.float32
-    if A.shape[1] > 1 or not _channels_last(u):                  # not measured: small enough for the registers
-        db = 16 if unit<=16 or not _channels_last(u) else 32
-        return ((256//db, db, True, 2, 1),)*2
+    if not _channels_last(u): return (16, 16, True, 2, 1), (16, 16, True, 2, 1) if unit<=16 else (8, 16, True, 1, 1)
+    if A.shape[1] > 1: return (8, 16, False, 1, 1) if unit<=16 else (4, 32, False, 1, 1), (8, 16, True, 1, 1)
     if unit<=16: return ((8, 16, False, 1, 3) if single else (16, 16, False, 4, 1)), (16, 16, True, 2, 1)
     if unit<=32: return ((4, 32, False, 1, 3) if single else (8, 16, False, 1, 3)), (8, 16, False, 1, 1)
     return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
@@ -347,8 +390,9 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
     (b,_l,d),n,y = u.shape, A.shape[1], _like(u, u)
     programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
     last, borders = u.new_empty(b, d, n, dtype=_state_dtype(u)), _borders(u, A, B, C, len(walks))
-    meta['BACK_RUNS'] = _plan(u, A, B, C, len(walks))[1][0]
-    launch(_forward_kernel, (programs,), u, delta, A, B, C, D, z, delta_bias, y, last, borders, *sizes, borders.shape[1], *strides, *counts, **meta)
+    handed = u.new_full((b, sizes[-1] - 1, n, d), _NOT_YET.value, dtype=borders.dtype) if (relay := n > 1 and meta['MAP'] > 0) else None
+    meta['RELAY'], meta['BACK_RUNS'] = relay, _plan(u, A, B, C, len(walks))[1][0]
+    launch(_forward_kernel, (programs*(sizes[-1] if relay else 1),), u, delta, A, B, C, D, z, delta_bias, y, last, borders, handed, *sizes, borders.shape[1], *strides, *counts, **meta)
     return y, last, borders
 
 # %% ../nbs/02_kernels.ipynb #2d9151f7
@@ -473,7 +517,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr,
     FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
     "The tiles of `_forward_kernel`, last one first; the states of a tile are made again from the one at its border."
-    b, block, first, d, in_d = _my_block(channels, unit, per_unit, DB)
+    b, block, first, d, in_d = _my_block(tl.program_id(0), channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
     end, i1 = K*4*RUNS if EVEN else L, tl.arange(0, RUNS)*0 if N == 1 else i
     dy += b*gb; u += b*ub; dt += b*tb; du += b*xb; ddt += b*eb
