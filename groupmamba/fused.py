@@ -22,8 +22,8 @@ if find_spec('triton') is None: triton = tl = SimpleNamespace(jit=lambda f: f, c
 else:
     import triton
     import triton.language as tl
-    from groupmamba.kernels import WALKS, _HAS_GATHER, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back
-    from groupmamba.kernels import _places, _softplus, _store_state
+    from groupmamba.kernels import WALKS, _HAS_GATHER, _NOT_YET, _add_to, _after, _enter, _exist, _global, _global_back, _join4, _local, _local_back
+    from groupmamba.kernels import _pass_on, _places, _softplus, _store_borders, _store_state
     from groupmamba.kernels import _pick as _state_of, _put as _set_state, _read as _read4, _row as _row_of, _write as _write4
 
 # %% ../nbs/02b_fused.ipynb #909904c4
@@ -518,9 +518,9 @@ def _few(x, Wx, Wdt, unit, c, in_d, bias, R: tl.constexpr, ST: tl.constexpr):
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba1
 @triton.jit
-def _my_group(L, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.constexpr):
-    "Of this program: image, group, direction, its channels as parameters and which exist, as places in a map and which exist."
-    b, g, c = (tl.program_id(0)//G).to(tl.int64), tl.program_id(0) % G, tl.arange(0, DB)
+def _my_group(chain, unit, walks, WIDE: tl.constexpr, G: tl.constexpr, DB: tl.constexpr):
+    "Of chain number `chain`: image, group, direction, its channels as parameters and which exist, as places in a map and which exist."
+    b, g, c = (chain//G).to(tl.int64), chain % G, tl.arange(0, DB)
     return b, g, (walks >> g*2) & 3, g*unit + c, c < unit, g*WIDE + c, c < WIDE
 
 @triton.jit
@@ -554,69 +554,6 @@ def _store_states(ptr, channels, h, e, in_d, i, N: tl.constexpr, RUNS: tl.conste
     if N == 1: _store_state(ptr, h, e, in_d, RUNS)
     else: tl.store(ptr + (i[:,None]*channels + e[None]), h, mask=(i < N)[:,None] & in_d[None])
 
-@triton.jit
-def _whole_tile(P, S, RUNS: tl.constexpr, BACK: tl.constexpr):
-    "What a tile does to a state, from what its runs do: in every row. (A scan keeps their order; `tl.reduce` may take them in any.)"
-    p, s = tl.associative_scan((P, S), 0, _after, reverse=BACK)
-    return _row_of(p, 0 if BACK else RUNS - 1, RUNS), _row_of(s, 0 if BACK else RUNS - 1, RUNS)
-
-@triton.jit
-def _join(left, added, P, s, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, BACK: tl.constexpr):
-    "What a stretch does to state n, and then (BACK: before that, since time runs backwards) a tile does."
-    l, x = _state_of(left, i, n, N, RUNS, DB), _state_of(added, i, n, N, RUNS, DB)
-    return _set_state(left, i, n, l*P, N, RUNS), _set_state(added, i, n, x + l*s if BACK else P*x + s, N, RUNS)
-
-# %% ../nbs/02b_fused.ipynb #2cc22ba2
-@triton.jit
-def _gated_carry(u, Wx, Wdt, A, bias, carry,
-    H, W, walks, K, per, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "What every chunk of tiles does to a state: how much of it is left, and what is added. carry: (B, chunks, 2, N, channels)."
-    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
-    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
-    wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
-    Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
-    bias, u = _vector(bias, d, in_d, ST), u + b*L*channels
-    left = tl.full((RUNS if N == 1 else NP, DB), 1., ST)
-    added = left*0
-    for k in range(first, min(first + per, K)):
-        t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
-        x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
-        _x, S, B, _C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
-        for n in range(N):
-            P, s = _local(_decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST))
-            P, s = _whole_tile(P, s, RUNS, False)
-            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, False)
-    carry += chunk*2*N*channels
-    _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
-
-# %% ../nbs/02b_fused.ipynb #2cc22bb1
-@triton.jit
-def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, REVERSE: tl.constexpr, ST: tl.constexpr):
-    "The state that enters every tile, from what tiles do to states; from the last tile to the first if REVERSE. borders: (B, K, N, channels)."
-    b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c, i = tl.program_id(2)*CB + tl.arange(0, CB), tl.arange(0, KB)
-    in_c, before = c < channels, tl.zeros((CB,), ST)
-    for k0 in range(0, K, KB):
-        k = k0 + i
-        tile = tl.where(k < K, K - 1 - k if REVERSE else k, 0)
-        mask, at = (k < K)[:,None] & in_c[None], ((b*K + tile)*2*N + n)[:,None]*channels + c[None]
-        a, h = tl.associative_scan((tl.load(carry + at, mask=mask, other=1), tl.load(carry + at + N*channels, mask=mask, other=0)), 0, _after)
-        h += a*before[None]                                                     # after each tile
-        out = borders + ((b*K + tile)*N + n)[:,None]*channels + c[None]
-        step = -1 if REVERSE else 1
-        tl.store(out + step*N*channels, h, mask=mask & (k < K - 1)[:,None])
-        tl.store(out, tl.zeros((KB, CB), ST), mask=mask & (k == 0)[:,None])
-        before = tl.sum(tl.where((i == KB - 1)[:,None], h, 0.), 0)
-
-def _border_states(carry, reverse=False):
-    "(B, K, N, D) from (B, K, 2, N, D)."
-    b, k, _, n, d = carry.shape
-    borders, cb = carry.new_empty(b, k, n, d), min(64, _pow2(d))
-    launch(_borders, (b, n, -(-d//cb)), carry, borders, k, d, N=n, KB=min(64, max(2, _pow2(k))), CB=cb, REVERSE=reverse, ST=_tl(carry.dtype), num_warps=4)
-    return borders
-
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
 @triton.jit
 def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
@@ -628,29 +565,42 @@ def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: t
     return _global(a, w, into), _set_state(h_all, i, n, behind, N, RUNS)
 
 @triton.jit
-def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, entering, states,
-    H, W, walks, K, per, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr):
-    "v of a chunk of tiles, and the states that enter each; entering: those that enter the chunks, 0 if there is one only (WHOLE)."
-    L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
-    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
-    c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
+def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, in_e, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BACK_RUNS: tl.constexpr,
+    GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+    "The same, where tiles k - 1 and k + 1 are other programs' work. states: of this image and n, `apart` from border to border."
+    a, w = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
+    P, s = _local(a, w)
+    here, there = k*(RUNS//BACK_RUNS), (k + 1)*(RUNS//BACK_RUNS)
+    into, _out = _pass_on(P, s, states + here*apart, k > 0, states + there*apart, there < tiles, e, in_e, RUNS, GATHER)
+    _store_borders(states, into, k, tiles, apart, e, in_e, RUNS, BACK_RUNS)
+    return _global(a, w, into)
+
+@triton.jit
+def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, states,
+    H, W, walks, K, tiles, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr, BACK_RUNS: tl.constexpr, LATE: tl.constexpr):
+    "v of all K tiles of an image and group (WHOLE) or of one of them, and the states that enter the `tiles` tiles of the backward pass. LATE: z is read when the scan is done."
+    L, channels, chains = H*W, G*WIDE, tl.num_programs(0) if WHOLE else tl.num_programs(0)//K
+    begin = 0 if WHOLE else tl.program_id(0)//chains
+    b, g, walk, d, in_d, e, in_e = _my_group(tl.program_id(0) % chains, unit, walks, WIDE, G, DB)
+    c, i, j = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP)
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
     bias, Db, ga, sh = _vector(bias, d, in_d, ST), _vector(D, d, in_d, ST), _vector(gain, d, in_d, ST), _vector(shift, d, in_d, ST)
-    u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels
+    u += b*L*channels; v += b*L*channels; zx += b*L*2*channels + channels; states += b*tiles*N*channels
     if WHOLE: h_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)
-    else: h_all = _load_states(entering + chunk*N*channels, channels, e, in_d, i, N, RUNS)
-    for k in range(first, min(first + per, K)):
+    for k in range(begin, K if WHOLE else begin + 1):
         t, p0, p1, p2, p3, ok = _tile_steps(k, L, walk, H, W, in_d, RUNS)
         x = _read4(u, channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
-        z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
-        _store_states(states + (b*K + k)*N*channels, channels, h_all, e, in_d, i, N, RUNS)
+        if not LATE: z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
+        if WHOLE: _store_states(states + k*N*channels, channels, h_all, e, in_d, i, N, RUNS)
         _x, S, B, C, _raw, delta = _selection(x, ok, Wx, Wdt, wx, wdt, unit, c, j, in_d, bias, R, N, RUNS, DB, FEW, FAST, ST, DT)
         y = Db*x
         for n in range(N):
-            h, h_all = _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST)
+            if WHOLE: h, h_all = _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST)
+            else: h = _scan_tile_alone(states + n*channels, k, tiles, N*channels, n, delta, x, B, S, A, d, in_d, e, in_e, j, R, N, RUNS, BACK_RUNS, GATHER, FAST, LOG, ST)
             y += _of(C, S, j, R + N + n, N, RUNS, ST)*h
+        if LATE: z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
         y = _normalised(y, ok, unit, eps)[0]
         _write4(v, channels, (y*ga + sh)*z*_sigmoid(z, FAST), p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
 
@@ -659,6 +609,11 @@ def _scan_plan(unit):
     "Steps of a tile, warps forward, warps backward; channels of a group."
     wide = _p2(unit)
     return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
+
+def _relay_plan(unit, n):
+    "Steps and warps of a forward tile that has a program of its own; n states."
+    steps, warps, _ = _scan_plan(unit)
+    return (128, 4) if n == 1 and unit <= 16 else (32, 2) if n == 1 and unit <= 32 else (steps, warps)
 
 def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
 
@@ -680,18 +635,55 @@ def _gated_launch(u, A, dt_weight, walks, back, log):
 # %% ../nbs/02b_fused.ipynb #ee413586
 def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps, walks, log=False):
     "v, and the states that enter the tiles, (B, tiles, N, D), from u and z, the second half of zx. log: A is given as log(-A)."
-    grid, k, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, False, log)
-    n, c, whole = A.shape[1], u.shape[3], grid[1] == 1
-    def new(*s): return u.new_empty(*s, dtype=_state_dtype(u))
-    v, states = _new(u), new(len(u), k, n, c)
-    x_proj, dt_weight, A, D, dt_bias, *norm = [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    entering = states                                                           # a single chunk starts from 0
+    (programs, chunks), tiles, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, False, log)
+    b, h, w, d = u.shape
+    shape, dtype, k, back, whole = (b, tiles, A.shape[1], d), _state_dtype(u), tiles, meta['RUNS'], chunks == 1
     if not whole:
-        carry = new(len(u), grid[1], 2, n, c)
-        launch(_gated_carry, grid, u, x_proj, dt_weight, A, dt_bias, carry, *scalars, unit, **meta)
-        entering = _border_states(carry)
-    launch(_gated_forward, grid, u, zx, x_proj, dt_weight, A, D, dt_bias, *norm, v, entering, states, *scalars, eps, unit, WHOLE=whole, **meta)
+        steps, meta['num_warps'] = _relay_plan(d//len(walks), A.shape[1])
+        meta['RUNS'], meta['GATHER'] = steps//4, meta['GATHER'] and not meta['FEW']
+        k = _cdiv(h*w, steps)
+    states = u.new_empty(shape, dtype=dtype) if whole else u.new_full(shape, _NOT_YET.value, dtype=dtype)
+    v, params = _new(u), [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
+    launch(_gated_forward, (programs if whole else programs*k,), u, zx, *params, v, states, *scalars[:3], k, tiles, eps, unit, WHOLE=whole, BACK_RUNS=back, LATE=meta['DB'] > 32, **meta)
     return v, states
+
+# %% ../nbs/02b_fused.ipynb #ba7e0011
+@triton.jit
+def _whole_tile(P, S, RUNS: tl.constexpr):
+    "What a tile does to a gradient that comes from behind, from what its runs do: in every row. (A scan keeps their order; `tl.reduce` may take them in any.)"
+    p, s = tl.associative_scan((P, S), 0, _after, reverse=True)
+    return _row_of(p, 0, RUNS), _row_of(s, 0, RUNS)
+
+@triton.jit
+def _join(left, added, P, s, i, n, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr):
+    "What a tile and the stretch behind it do to the gradient of state n."
+    l, x = _state_of(left, i, n, N, RUNS, DB), _state_of(added, i, n, N, RUNS, DB)
+    return _set_state(left, i, n, l*P, N, RUNS), _set_state(added, i, n, x + l*s, N, RUNS)
+
+# %% ../nbs/02b_fused.ipynb #2cc22bb1
+@triton.jit
+def _borders(carry, borders, K, channels, N: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, ST: tl.constexpr):
+    "What enters every chunk from behind, from what chunks do to it, from the last to the first. borders: (B, K, N, channels)."
+    b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, i = tl.program_id(2)*CB + tl.arange(0, CB), tl.arange(0, KB)
+    in_c, before = c < channels, tl.zeros((CB,), ST)
+    for k0 in range(0, K, KB):
+        k = k0 + i
+        tile = tl.where(k < K, K - 1 - k, 0)
+        mask, at = (k < K)[:,None] & in_c[None], ((b*K + tile)*2*N + n)[:,None]*channels + c[None]
+        a, h = tl.associative_scan((tl.load(carry + at, mask=mask, other=1), tl.load(carry + at + N*channels, mask=mask, other=0)), 0, _after)
+        h += a*before[None]                                                     # after each chunk
+        out = borders + ((b*K + tile)*N + n)[:,None]*channels + c[None]
+        tl.store(out - N*channels, h, mask=mask & (k < K - 1)[:,None])
+        tl.store(out, tl.zeros((KB, CB), ST), mask=mask & (k == 0)[:,None])
+        before = tl.sum(tl.where((i == KB - 1)[:,None], h, 0.), 0)
+
+def _border_states(carry):
+    "(B, K, N, D) from (B, K, 2, N, D)."
+    b, k, _, n, d = carry.shape
+    borders, cb = carry.new_empty(b, k, n, d), min(64, _pow2(d))
+    launch(_borders, (b, n, -(-d//cb)), carry, borders, k, d, N=n, KB=min(64, max(2, _pow2(k))), CB=cb, ST=_tl(carry.dtype), num_warps=4)
+    return borders
 
 # %% ../nbs/02b_fused.ipynb #e924ff71
 @triton.jit
@@ -729,7 +721,7 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, 
     RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
     "Back to the scan's output: gradients gy of y and dz of z, shares of those of gain and shift, and what every chunk does to a state's gradient."
     L, channels, first = H*W, G*WIDE, tl.program_id(1)*per
-    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    b, g, walk, d, in_d, e, in_e = _my_group(tl.program_id(0), unit, walks, WIDE, G, DB)
     c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
@@ -748,8 +740,8 @@ def _gated_middle(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, gy, dzx, 
         _write4(gy, channels, dy, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, False, 2)
         for n in range(N):
             a = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST)
-            P, s = _whole_tile(_local(a, a)[0], _local_back(a, dy*_of(C, S, j, R + N + n, N, RUNS, ST)), RUNS, True)
-            left, added = _join(left, added, P, s, i, n, N, RUNS, DB, True)
+            P, s = _whole_tile(_local(a, a)[0], _local_back(a, dy*_of(C, S, j, R + N + n, N, RUNS, ST)), RUNS)
+            left, added = _join(left, added, P, s, i, n, N, RUNS, DB)
     carry += chunk*2*N*channels
     _store_states(carry, channels, left, e, in_d, i, N, RUNS); _store_states(carry + N*channels, channels, added, e, in_d, i, N, RUNS)
     _store_pair(small + chunk*2*G*unit, dgain, dshift, G*unit, d, in_d)
@@ -815,7 +807,7 @@ def _gated_backward(dv, u, zx, Wx, Wdt, A, D, bias, gain, shift, states, back, d
     """Back through scan and selection of a chunk, last tile first. WHOLE: it is the only one, and dv the gradient of v.
     Else dv is what `_gated_middle` has made of that, the gradient of y, and back what enters chunks from behind."""
     L, channels, first, zero = H*W, G*WIDE, tl.program_id(1)*per, tl.zeros((RUNS, DB), ST)
-    b, g, walk, d, in_d, e, in_e = _my_group(L, unit, walks, WIDE, G, DB)
+    b, g, walk, d, in_d, e, in_e = _my_group(tl.program_id(0), unit, walks, WIDE, G, DB)
     c, i, j, chunk = tl.arange(0, DB), tl.arange(0, NP), tl.arange(0, RP), b*tl.num_programs(1) + tl.program_id(1)
     wx, wdt = _projections(Wx, Wdt, g, c, j, in_d, unit, R, N, DT)
     Wx += g*(R + 2*N)*unit; Wdt += g*R*unit
@@ -859,7 +851,7 @@ def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weigh
     if not whole:
         carry = new(len(u), grid[1], 2, n, u.shape[3])
         launch(_gated_middle, grid, dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
-        dv, back = du, _border_states(carry, True)                              # a tile of y's gradient is read before its du takes its place
+        dv, back = du, _border_states(carry)                              # a tile of y's gradient is read before its du takes its place
     launch(_gated_backward, grid, dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
     return du, shares, norm
 
