@@ -556,10 +556,15 @@ def _store_states(ptr, channels, h, e, in_d, i, N: tl.constexpr, RUNS: tl.conste
 
 # %% ../nbs/02b_fused.ipynb #2cc22ba3
 @triton.jit
+def _steps(n, delta, x, B, S, A, d, in_d, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+    "What every step of a tile does to state n: a·h + w."
+    return _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
+
+@triton.jit
 def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr,
     GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
     "State n after every step of a tile, and all states behind it."
-    a, w = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
+    a, w = _steps(n, delta, x, B, S, A, d, in_d, j, R, N, RUNS, FAST, LOG, ST)
     P, s = _local(a, w)
     into, behind = _enter(P, s, _state_of(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)
     return _global(a, w, into), _set_state(h_all, i, n, behind, N, RUNS)
@@ -568,7 +573,7 @@ def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: t
 def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, in_e, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BACK_RUNS: tl.constexpr,
     GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
     "The same, where tiles k - 1 and k + 1 are other programs' work. states: of this image and n, `apart` from border to border."
-    a, w = _decay(delta, _rate(A, n, d, in_d, N, LOG, FAST, ST), FAST), delta*x*_of(B, S, j, R + n, N, RUNS, ST)
+    a, w = _steps(n, delta, x, B, S, A, d, in_d, j, R, N, RUNS, FAST, LOG, ST)
     P, s = _local(a, w)
     here, there = k*(RUNS//BACK_RUNS), (k + 1)*(RUNS//BACK_RUNS)
     into, _out = _pass_on(P, s, states + here*apart, k > 0, states + there*apart, there < tiles, e, in_e, RUNS, GATHER)

@@ -346,7 +346,7 @@ def _plan(u, A, B, C, n_walks):
     "Tiles of the forward and of the backward kernel, each (runs, channels, `gather`?, warps, loads in flight)."
     unit, single = _unit(u.shape[2], B, C, n_walks), u.dtype==torch.float32
     if not _channels_last(u): return (16, 16, True, 2, 1), (16, 16, True, 2, 1) if unit<=16 else (8, 16, True, 1, 1)
-    if A.shape[1] > 1: return (8, 16, False, 1, 1) if unit<=16 else (4, 32, False, 1, 1), (8, 16, True, 1, 1)
+    if A.shape[1] > 1: return (8, 16, False, 1, 1) if unit<=16 else (4, 32, False, 1, 1), (8, 16, True, 1, 1) if A.shape[1]<=64 else (16, 16, True, 2, 1)
     if unit<=16: return ((8, 16, False, 1, 3) if single else (16, 16, False, 4, 1)), (16, 16, True, 2, 1)
     if unit<=32: return ((4, 32, False, 1, 3) if single else (8, 16, False, 1, 3)), (8, 16, False, 1, 1)
     return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
