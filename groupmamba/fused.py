@@ -554,7 +554,7 @@ def _store_states(ptr, channels, h, e, in_d, i, N: tl.constexpr, RUNS: tl.conste
     if N == 1: _store_state(ptr, h, e, in_d, RUNS)
     else: tl.store(ptr + (i[:,None]*channels + e[None]), h, mask=(i < N)[:,None] & in_d[None])
 
-# %% ../nbs/02b_fused.ipynb #2cc22ba3
+# %% ../nbs/02b_fused.ipynb #ba7e0022
 @triton.jit
 def _steps(n, delta, x, B, S, A, d, in_d, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
     "What every step of a tile does to state n: a·h + w."
@@ -569,6 +569,7 @@ def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: t
     into, behind = _enter(P, s, _state_of(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)
     return _global(a, w, into), _set_state(h_all, i, n, behind, N, RUNS)
 
+# %% ../nbs/02b_fused.ipynb #ba7e0024
 @triton.jit
 def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, in_e, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BACK_RUNS: tl.constexpr,
     GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
@@ -580,6 +581,7 @@ def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, 
     _store_borders(states, into, k, tiles, apart, e, in_e, RUNS, BACK_RUNS)
     return _global(a, w, into)
 
+# %% ../nbs/02b_fused.ipynb #2cc22ba3
 @triton.jit
 def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, states,
     H, W, walks, K, tiles, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
@@ -856,7 +858,7 @@ def _gated_grads(dv, u, zx, states, x_proj, dt_weight, A, D, dt_bias, norm_weigh
     if not whole:
         carry = new(len(u), grid[1], 2, n, u.shape[3])
         launch(_gated_middle, grid, dv, u, zx, *params, states, du, dzx, carry, norm, *scalars, eps, unit, **meta)
-        dv, back = du, _border_states(carry)                              # a tile of y's gradient is read before its du takes its place
+        dv, back = du, _border_states(carry)                                    # a tile of y's gradient is read before its du takes its place
     launch(_gated_backward, grid, dv, u, zx, *params, states, back, du, dzx, norm, shares, *scalars, eps, unit, WHOLE=whole, **meta)
     return du, shares, norm
 

@@ -56,7 +56,7 @@ def _softplus(x):
 # %% ../nbs/02_kernels.ipynb #fcdf1b9d
 @triton.jit
 def _my_block(block, channels, unit, per_unit, DB: tl.constexpr):
-    "What number `block` of a walk through everything is: (sequence of the batch, block, first channel of its unit, its channels, which of them exist)."
+    "Of block number `block`, counted through the batch: (sequence of the batch, block, first channel of its unit, its channels, which of them exist)."
     n_blocks = channels//unit*per_unit
     b, block = (block//n_blocks).to(tl.int64), block % n_blocks
     first, c = block//per_unit*unit, block % per_unit*DB + tl.arange(0, DB)
@@ -269,12 +269,27 @@ def _store_borders(ptr, h, k, tiles, s, d, in_d, RUNS: tl.constexpr, BACK_RUNS: 
     tl.store(ptr + (r//BACK_RUNS*s + d[None]), h, mask=(r % BACK_RUNS == 0) & (r//BACK_RUNS < tiles) & in_d[None])
 
 @triton.jit
+def _store_last(ptr, h_all, b, channels, d, in_d, i, N: tl.constexpr, RUNS: tl.constexpr):
+    "The states that a program carries, behind its last tile, to (B, D, N)."
+    if N == 1: _store_state(ptr + b*channels, h_all, d, in_d, RUNS)
+    else: tl.store(ptr + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
+
+# %% ../nbs/02_kernels.ipynb #ba7e0012
+@triton.jit
 def _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N: tl.constexpr, RUNS: tl.constexpr, GATHER: tl.constexpr):
     "`_pass_on` of state n and tile k. handed: (B, K - 1, N, D), what leaves each tile but the last, from which it goes to `last`, (B, D, N)."
     here = handed + ((b*(K - 1) + k)*N + n)*channels
     into, out = _pass_on(P, S, here - N*channels, k > 0, here, k < K - 1, d, in_d, RUNS, GATHER)
     _hand_on(last + b*channels*N + n, out, d*N, in_d & (k == K - 1), RUNS)
-    return into, out
+    return into
+
+@triton.jit
+def _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, RELAY: tl.constexpr):
+    "The states n that enter the runs of tile k, and all that a program carries to the next tile."
+    if RELAY: return _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N, RUNS, GATHER), h_all
+    else:
+        into, behind = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)
+        return into, _put(h_all, i, n, behind, N, RUNS)
 
 # %% ../nbs/02_kernels.ipynb #496f820c
 @triton.jit
@@ -294,8 +309,7 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, handed, LA, H,
     B += b*Bb + first//per_B*Bg; C += b*Cb + first//per_C*Cg
     h_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # the states that enter the tile
     if N == 1: A0 = _load_row(A, d, in_d, ST)*_LOG2E
-    if D is not None: skip = _load_row(D, d, in_d, ST)
-    if bias is not None: shift = _load_row(bias, d, in_d, ST)
+    skip, shift = _load_row(D, d, in_d, ST) if D is not None else 0., _load_row(bias, d, in_d, ST) if bias is not None else 0.
     for k in tl.range(begin, begin + 1 if RELAY else K, num_stages=STAGES):
         t = (k*RUNS + tl.arange(0, RUNS))*4
         p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
@@ -308,17 +322,14 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, handed, LA, H,
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
             w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
             P, S = _local(a, w)
-            if RELAY: h, h0 = _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N, RUNS, GATHER)
-            else: h, h0 = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)         # carry
+            h, h_all = _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N, RUNS, DB, GATHER, RELAY)
             _store_borders(borders + (b*tiles*N + n)*channels, h, k, tiles, N*channels, d, in_d, RUNS, BACK_RUNS)
-            if not RELAY: h_all = _put(h_all, i, n, h0, N, RUNS)
             out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
             gate = _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST)
             out *= gate*_sigmoid(gate)
         _write(y, ys, out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
-    if N == 1: _store_state(last + b*channels, h_all, d, in_d, RUNS)
-    elif not RELAY: tl.store(last + (b*channels + d[None])*N + i[:,None], h_all, mask=in_d[None] & (i[:,None] < N))
+    if not RELAY: _store_last(last, h_all, b, channels, d, in_d, i, N, RUNS)
 
 # %% ../nbs/02_kernels.ipynb #03dd3a0c
 def _unit(d, B, C, n_walks):
