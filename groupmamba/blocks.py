@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIXER_DIMS', 'FFN_DIMS', 'PLANS', 'widened', 'widen', 'narrow', 'norm_rows', 'gemm', 'norm_gemm', 'mixer_forward',
-           'ffn_forward', 'ffn_inference', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'in_rows',
-           'plain_form', 'fused_dtype', 'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'layer_norm']
+           'ffn_forward', 'block_inference', 'norm_back', 'wgrad', 'mixer_backward', 'ffn_backward', 'in_rows',
+           'plain_form', 'fused_dtype', 'eager_cpu', 'hidden_parts', 'mixer_block', 'ffn_block', 'inference_block',
+           'layer_norm']
 
 # %% ../nbs/02c_blocks.ipynb #02c00002
 import math
@@ -72,13 +73,21 @@ def _wider(p, out, i, N, K, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.con
     tl.store(out + i, tl.load(p + row*k + col, mask=in_k, other=0).to(out.dtype.element_ty), mask=i < N*K)
 
 @triton.jit
-def _all_wider(p0, p1, p2, out, n0, k0, n1, k1, n2, k2, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+def _all_wider(p0, p1, p2, p3, p4, p5, out, n0, k0, n1, k1, n2, k2, n3, k3, n4, k4, n5, k5, DIMS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr):
-    "The same for up to three matrices, one behind the other; two bits of DIMS for each."
+    "The same for up to six matrices, one behind the other; two bits of DIMS for each."
     i, which = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     if which == 0: _wider(p0, out, i, n0, k0, DIMS & 3, UNIT, WIDE)
-    if which == 1: _wider(p1, out + n0*k0, i, n1, k1, (DIMS >> 2) & 3, UNIT, WIDE)
-    if which == 2: _wider(p2, out + (n0*k0 + n1*k1), i, n2, k2, (DIMS >> 4) & 3, UNIT, WIDE)
+    out += n0*k0
+    if which == 1: _wider(p1, out, i, n1, k1, (DIMS >> 2) & 3, UNIT, WIDE)
+    out += n1*k1
+    if which == 2: _wider(p2, out, i, n2, k2, (DIMS >> 4) & 3, UNIT, WIDE)
+    out += n2*k2
+    if which == 3: _wider(p3, out, i, n3, k3, (DIMS >> 6) & 3, UNIT, WIDE)
+    out += n3*k3
+    if which == 4: _wider(p4, out, i, n4, k4, (DIMS >> 8) & 3, UNIT, WIDE)
+    out += n4*k4
+    if which == 5: _wider(p5, out, i, n5, k5, (DIMS >> 10) & 3, UNIT, WIDE)
 
 # %% ../nbs/02c_blocks.ipynb #02c00029
 MIXER_DIMS, FFN_DIMS = ((0, 1), (0, 1), (0, 1)), ((1,), (0,))   # which dimensions of a block's matrices consist of groups
@@ -88,11 +97,11 @@ def _wide_shapes(params, unit, wide, dims):
     return [(n//unit*wide if 0 in d else n, k//unit*wide if 1 in d else k) for (n, k), d in zip(shapes, dims)]
 
 def _ready(params, dtype, unit, wide, dims):
-    "Two or three matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
+    "Up to six matrices in the dtype of the products, with room between groups along `dims` of each: a flat tensor."
     shapes = _wide_shapes(params, unit, wide, dims)
     sizes, ps = [n*k for n, k in shapes], [p.contiguous() for p in params]
     out = ps[0].new_empty(sum(sizes), dtype=dtype)
-    more = [ps[0]] if len(ps) == 2 else []
+    more = ps[:1]*(6 - len(ps))                                 # a kernel wants pointers, even those it does not follow
     launch(_all_wider, (_cdiv(max(sizes), 1024), len(ps)),
         *ps, *more, out, *(s for shape in shapes for s in shape), *(0, 1)*len(more),
         DIMS=sum((1 << i) << 2*j for j, d in enumerate(dims) for i in d), UNIT=unit, WIDE=wide, BLOCK=1024)
@@ -115,9 +124,11 @@ PLANS = dict(   # blocks, warps and, where given, stages: as one H100 likes them
     wide=lambda n, k: (128, 128, 8, 4) if k <= 64 else (64, 64, 4, 3),
     whole=lambda c: c <= 128,                                                       # does a row fit into a program, beside C x C weights?
     slide=lambda c: c <= 128,                                                       # does it pay to make a hidden row three times?
-    rows_in=lambda c, l: (64, 4, 4) if l >= 64 else (64, 8, 1),                     # and groups a program, where rows are long
-    rows_out=lambda c, l: (64, 14, 4, 2) if c <= 64 else (32, 4, 4, 2),             # the second: programs an image
-    rows_mix=lambda c, l: (64, 4) if l >= 64 else (32, 4),
+    library=lambda n, k: min(n, k) >= 256,                                          # does PyTorch's own product win, if nothing is to be done behind it?
+    enough=264,                                                                     # programs that fill a GPU, two a processor
+    rows_in=lambda c, l: (64, 4, 4) if l >= 64 else (64, 4, 2),                     # and groups a program, where rows are long
+    rows_out=lambda c, l: (64, 14, 4, 3) if c <= 64 else (32, 2, 4, 3),             # the second: programs an image, at least
+    rows_mix=lambda c, l: (32, 1, 4, 2),                                            # likewise
     out_back=lambda c, l: (32, 4),
     mix_back=lambda c, l: (32, 4),
     in_back=lambda c, l: (128, 8, 4) if c <= 64 else (64, 4, 1) if l >= 64 else (32, 4, 1),   # and groups a program
@@ -134,6 +145,13 @@ def _tiles(x, plan):
     b, l, c = len(x), x.shape[1]*x.shape[2], x.shape[3]
     bm, warps, *more = PLANS[plan](c, l)
     return b, l, c, bm, warps, _cdiv(l, bm), *more
+
+def _stretch(x, bm, share, groups=1):
+    "Rows a program that walks over tiles of bm, and programs an image: `share`, or so many that few images fill a GPU, too."
+    l = x.shape[1]*x.shape[2]
+    share = max(share, min(_cdiv(l, bm), PLANS['enough']//(len(x)*groups)))
+    rows = _cdiv(_cdiv(l, share), bm)*bm
+    return rows, _cdiv(l, rows)
 
 def _rows(x): return x.flatten(0, 2)
 
@@ -187,34 +205,35 @@ def _groups(w, row, o, i, mask, WIDE: tl.constexpr, DT: tl.constexpr):
 
 # %% ../nbs/02c_blocks.ipynb #02c00013
 @triton.jit
-def _rows_norm(x, gain, shift, y, stats, M, C, eps, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr,
-    ST: tl.constexpr):
-    "LayerNorm of rows, and their mean and 1/deviation."
+def _rows_norm(x, less, gain, shift, y, stats, M, C, eps, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr,
+    LESS: tl.constexpr, ST: tl.constexpr):
+    "LayerNorm of rows, minus `less` if LESS, and their mean and 1/deviation."
     m, c = tl.program_id(0)*BM + tl.arange(0, BM), tl.arange(0, CP)
     ok, in_c, real = m < M, c < C, C//WIDE*UNIT
     row = tl.minimum(m, M - 1).to(tl.int64)
     at, mask = row[:,None]*C + c[None], ok[:,None] & in_c[None]
     v = tl.load(x + at, mask=mask, other=0).to(ST)
+    if LESS: v -= _vec(less, c, in_c, UNIT, WIDE, ST)[None]
     mean, rstd = _deviation(tl.sum(v, 1), tl.sum(v*v, 1), real, eps)
     tl.store(stats + 2*row, mean, mask=ok); tl.store(stats + 2*row + 1, rstd, mask=ok)
     v = (v - mean[:,None])*rstd[:,None]*_vec(gain, c, in_c, UNIT, WIDE, ST)[None] + _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
     tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c00022
-def norm_rows(x, gain, shift, eps, units=None):
-    "LayerNorm of rows (M, C), and their mean and 1/deviation (M, 2). units: channels of a group and the room they take."
+def norm_rows(x, gain, shift, eps, units=None, less=None):
+    "LayerNorm of rows (M, C), minus `less` (a number a channel) if given, and their mean and 1/deviation (M, 2). units: channels of a group and the room they take."
     (m, c), (bm, warps) = x.shape, PLANS['norm'](x.shape[1])
     y, stats = torch.empty_like(x), x.new_empty(m, 2, dtype=_state_dtype(x))
-    launch(_rows_norm, (_cdiv(m, bm),), x, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
-            ST=_tl(_state_dtype(x)), num_warps=warps)
+    launch(_rows_norm, (_cdiv(m, bm),), x, x if less is None else less, gain, shift, y, stats, m, c, eps, **_units(units, c), BM=bm, CP=_p2(c),
+            LESS=less is not None, ST=_tl(_state_dtype(x)), num_warps=warps)
     return y, stats
 
 # %% ../nbs/02c_blocks.ipynb #02c00014
 @triton.jit
-def _rows_gemm(a, w, bias, res, scale, y, M, N, K, L, sa, sn, sk, EVEN: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+def _rows_gemm(a, w, bias, res, scale, more, y, M, N, K, L, sa, sn, sk, EVEN: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RES: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "y = res + scale·(a wᵀ + bias); a (M, K), w (N, K), y and res (M, N)."
+    RES: tl.constexpr, SCALE: tl.constexpr, MORE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "y = res + scale·(a wᵀ + bias) + more; a (M, K), w (N, K), y and res (M, N)."
     blocks = tl.cdiv(N, BN)
     m, n, kk = tl.program_id(0)//blocks*BM + tl.arange(0, BM), tl.program_id(0) % blocks*BN + tl.arange(0, BN), tl.arange(0, BK)
     ok, in_n = m < M, n < N
@@ -231,6 +250,7 @@ def _rows_gemm(a, w, bias, res, scale, y, M, N, K, L, sa, sn, sk, EVEN: tl.const
     mask, at = ok[:,None] & in_n[None], row[:,None]*N + n[None]
     if SCALE: acc *= tl.load(scale + row//L).to(ST)[:,None]
     if RES: acc += tl.load(res + at, mask=mask, other=0).to(ST)
+    if MORE: acc += _vec(more, n, in_n, UNIT, WIDE, ST)[None]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c00015
@@ -257,18 +277,19 @@ def _rows_wide(a, stats, gain, shift, w, bias, y, M, N, K, eps, sn, sk, UNIT: tl
         tl.store(y + row[:,None]*N + n[None], acc.to(y.dtype.element_ty), mask=ok[:,None] & in_n[None])
 
 # %% ../nbs/02c_blocks.ipynb #02c00023
-def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None):
-    "res + scale·(a wᵀ + bias); a (M, K); w (N, K), any strides; bias one a column, scale one an image."
+def gemm(a, w, bias=None, res=None, scale=None, rows_per_image=1, units=None, more=None):
+    "res + scale·(a wᵀ + bias) + more; a (M, K); w (N, K), any strides; bias and `more` one a column, scale one an image."
     (m, k), n = a.shape, w.shape[0]
-    if min(n, k) >= 256 and res is None and scale is None and units is None:
+    alone = res is None and scale is None and units is None and more is None
+    if alone and PLANS['library'](n, k):
         with _no_autocast(a): return F.linear(a, w, None if bias is None else bias.to(a.dtype))
     y = a.new_empty(m, n)
-    if k <= 128 and n >= 4*k and res is None and scale is None and units is None: return _wide(a, a, None, w, bias, y)
+    if alone and k <= 128 and n >= 4*k: return _wide(a, a, None, w, bias, y)
     bm, bn, bk, warps, stages = PLANS['gemm'](m, n, k)
-    given = [a if p is None else p for p in (bias, res, scale)]          # a kernel wants a pointer, even one it does not follow
+    given = [a if p is None else p for p in (bias, res, scale, more)]          # a kernel wants a pointer, even one it does not follow
     launch(_rows_gemm, (_cdiv(m, bm)*_cdiv(n, bn),),
         a, w, *given, y, m, n, k, rows_per_image, a.stride(0), *w.stride(), EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk,
-        HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, **_units(units, n), **_types(a),
+        HAS_BIAS=bias is not None, RES=res is not None, SCALE=scale is not None, MORE=more is not None, **_units(units, n), **_types(a),
         num_warps=warps, num_stages=_stages(a, stages))
     return y
 
@@ -374,14 +395,15 @@ def _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide):
 
 # %% ../nbs/02c_blocks.ipynb #02c0011a
 @triton.jit
-def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, L, C, tiles, rows, eps, UNIT: tl.constexpr,
-    WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "y = x + scale·(LN((v w_outᵀ)·skip·norm(x)·gate) wᵀ + bias), for rows that fit into a program."
+def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, gain2, shift2, n, L, C, tiles, rows, eps, eps2,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "y = x + scale·(LN((v w_outᵀ)·skip·norm(x)·gate) wᵀ + bias), for rows that fit into a program. NORM: also n, the LayerNorm (gain2, shift2) of y."
     c, b, r0 = tl.arange(0, CP), (tl.program_id(0)//tiles).to(tl.int64), tl.program_id(0) % tiles*rows
     in_c, real = c < C, C//WIDE*UNIT
     wo, wp = _groups(w_out, c[None], c[None], c[:,None], in_c[None] & in_c[:,None], WIDE, DT), _block(w, c, c, in_c, in_c, C, 1, DT)
     gn, sh = _vec(gain, c, in_c, UNIT, WIDE, ST)[None], _vec(shift, c, in_c, UNIT, WIDE, ST)[None]
     add, f = _vec(bias, c, in_c, UNIT, WIDE, ST)[None], tl.load(gate + b*C + c, mask=in_c, other=0).to(ST)[None]*tl.load(skip).to(ST)
+    if NORM: gn2, sh2 = _vec(gain2, c, in_c, UNIT, WIDE, ST)[None], _vec(shift2, c, in_c, UNIT, WIDE, ST)[None]
     for i in range(0, rows, BM):
         r = r0 + i + tl.arange(0, BM)
         row = b*L + tl.minimum(r, L - 1)
@@ -392,66 +414,82 @@ def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, L,
         mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), real, eps)
         t = tl.dot(((t - mean[:,None])*rstd[:,None]*gn + sh).to(DT), wp, input_precision='ieee').to(ST) + add
         if SCALE: t *= tl.load(scale + b).to(ST)
-        tl.store(y + at, (xr + t).to(y.dtype.element_ty), mask=mask)
-
-# %% ../nbs/02c_blocks.ipynb #02c00019
-@triton.jit
-def _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr,
-    ST: tl.constexpr):
-    "For a tile of an image's rows and one group: row numbers, columns, which of both exist, the LayerNorm of x and the gate."
-    r, b = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64)
-    u = tl.arange(0, UP)
-    in_u, c, row = u < WIDE, tl.program_id(1)*WIDE + u, b*L + tl.minimum(r, L - 1)
-    mean, rstd = tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST)
-    t = _normed(x + row[:,None]*C, mean, rstd, gain, shift, c, in_u, UNIT, WIDE, ST)
-    return row, c, in_u, (r < L)[:,None] & in_u[None], t, tl.load(gate + b*C + c, mask=in_u, other=0).to(ST)[None]
+        t += xr
+        tl.store(y + at, t.to(y.dtype.element_ty), mask=mask)
+        if NORM:
+            mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), real, eps2)
+            tl.store(n + at, ((t - mean[:,None])*rstd[:,None]*gn2 + sh2).to(n.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c0001a
 @triton.jit
-def _rows_mix(v, x, stats, gain, shift, w, skip, gate, t, L, C, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
-    UP: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
-    "t = (v wᵀ)·skip·norm(x)·gate, a group at a time."
-    row, c, in_u, mask, xn, g = _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT, WIDE, BM, UP, ST)
-    u, at = tl.arange(0, UP), row[:,None]*C + c[None]
+def _rows_mix(v, x, stats, gain, shift, w, skip, gate, t, L, C, tiles, rows, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
+    UP: tl.constexpr, STAGES: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr):
+    "t = (v wᵀ)·skip·norm(x)·gate, for one group of some of an image's rows."
+    b, r0, u = (tl.program_id(0)//tiles).to(tl.int64), tl.program_id(0) % tiles*rows, tl.arange(0, UP)
+    in_u, c = u < WIDE, tl.program_id(1)*WIDE + u
     wg = _block(w + tl.program_id(1)*(WIDE*WIDE), u, u, in_u, in_u, WIDE, 1, DT)
-    o = tl.dot(tl.load(v + at, mask=mask, other=0).to(DT), wg, input_precision='ieee').to(ST)
-    tl.store(t + at, (o*tl.load(skip).to(ST)*xn*g).to(t.dtype.element_ty), mask=mask)
+    gn, sh = _vec(gain, c, in_u, UNIT, WIDE, ST)[None], _vec(shift, c, in_u, UNIT, WIDE, ST)[None]
+    f = tl.load(gate + b*C + c, mask=in_u, other=0).to(ST)[None]*tl.load(skip).to(ST)
+    for i in tl.range(0, rows, BM, num_stages=STAGES):                       # said here: else only v, which the product needs, would be read ahead
+        r = r0 + i + tl.arange(0, BM)
+        row = b*L + tl.minimum(r, L - 1)
+        mask, at = (r < L)[:,None] & in_u[None], row[:,None]*C + c[None]
+        o, xr = tl.load(v + at, mask=mask, other=0).to(DT), tl.load(x + at, mask=mask, other=0).to(ST)
+        mean, rstd = tl.load(stats + 2*row).to(ST)[:,None], tl.load(stats + 2*row + 1).to(ST)[:,None]
+        o = tl.dot(o, wg, input_precision='ieee').to(ST)*f*((xr - mean)*rstd*gn + sh)
+        tl.store(t + at, o.to(t.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c0011c
-def _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide):
-    "y = x + scale·(LN(t) wᵀ + bias), the mixer's end; for long rows t and its statistics, which are nobody's otherwise."
-    l, c = x.shape[1]*x.shape[2], x.shape[3]
-    units = len(gain)*wide//c, wide
-    given, groups = (v, x, stats, gain, shift, w_out, skip, gate), _units(units, c)
-    if PLANS['whole'](c):
-        y, (bm, share, warps, stages) = _new(x), PLANS['rows_out'](c, l)
-        rows = _cdiv(_cdiv(l, share), bm)*bm
-        tiles = _cdiv(l, rows)
-        launch(_rows_out, (len(x)*tiles,),
-            *given, w, bias, gate if scale is None else scale, y, l, c, tiles, rows, eps, BM=bm, CP=_p2(c), SCALE=scale is not None,
-            **groups, **_types(x), num_warps=warps, num_stages=_stages(x, stages))
-        return y, x.new_empty(0), stats.new_empty(0, 2)
-    b, l, c, bm, warps, tiles = _tiles(x, 'rows_mix')
-    t = _new(x)
-    launch(_rows_mix, (b*tiles, c//wide), *given, t, l, c, tiles, BM=bm, UP=_p2(wide), **groups, **_types(x), num_warps=warps)
-    tn, tstats = norm_rows(_rows(t), gain, shift, eps, units)
-    return gemm(tn, w, bias, _rows(x), scale, l, units).view_as(x), t, tstats
+def _whole(c, residual): return PLANS['whole'](c) and residual                 # one kernel to the end of a mixer?
+
+def _mix_whole(given, w, bias, scale, eps, units, then=None):
+    "y = x + scale·(LN(t) wᵀ + bias), the end of a mixer with short rows, and n = LN(y) with gain, shift and eps of `then`, if given. given: v, x, statistics of x, gain, shift, w_out, skip, gate."
+    v, x, *_, gate = given
+    l, c, y, (bm, share, warps, stages) = x.shape[1]*x.shape[2], x.shape[3], _new(x), PLANS['rows_out'](x.shape[3], x.shape[1]*x.shape[2])
+    rows, tiles = _stretch(x, bm, share)
+    n = y if then is None else _new(x)
+    gain2, shift2, eps2 = then or (gate, gate, 0.)
+    launch(_rows_out, (len(x)*tiles,),
+        *given, w, bias, gate if scale is None else scale, y, gain2, shift2, n, l, c, tiles, rows, eps, eps2, BM=bm, CP=_p2(c), SCALE=scale is not None,
+        NORM=then is not None, **_units(units, c), **_types(x), num_warps=warps, num_stages=_stages(x, stages))
+    return y, n
+
+# %% ../nbs/02c_blocks.ipynb #02c0021c
+def _mix_long(given, eps, units):
+    "t, rows of LN(t) and their statistics: a mixer with long rows as far as its last product."
+    v, x, stats, gain, shift, *_ = given
+    t, (bm, share, warps, stages) = _new(x), PLANS['rows_mix'](x.shape[3], x.shape[1]*x.shape[2])
+    rows, tiles = _stretch(x, bm, share, 4)
+    launch(_rows_mix, (len(x)*tiles, 4), *given, t, x.shape[1]*x.shape[2], x.shape[3], tiles, rows, BM=bm, UP=_p2(units[1]), **_units(units, x.shape[3]),
+        STAGES=_stages(x, stages), **_types(x), num_warps=warps)
+    return t, *norm_rows(_rows(t), gain, shift, eps, units)
+
+# %% ../nbs/02c_blocks.ipynb #02c0031c
+def _mix(given, w, bias, scale, eps, units, residual):
+    "y = x + scale·(LN(t) wᵀ + bias), a mixer's end, without x if not `residual`; for long rows t and its statistics, which are nobody's otherwise."
+    x, stats = given[1:3]
+    if _whole(x.shape[3], residual): return _mix_whole(given, w, bias, scale, eps, units)[0], x.new_empty(0), stats.new_empty(0, 2)
+    t, tn, tstats = _mix_long(given, eps, units)
+    return gemm(tn, w, bias, _rows(x) if residual else None, scale, x.shape[1]*x.shape[2], units).view_as(x), t, tstats
 
 # %% ../nbs/02c_blocks.ipynb #02c0002b
-def mixer_forward(x, scale, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias,
-                  eps, geps, walks):
-    """y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image, its gate, and the
-    matrices as products take them."""
-    c, wide = x.shape[3], x.shape[3]//len(walks)
-    unit = len(gain)//len(walks)
-    units = unit, wide
-    matrices = w_in, w_out, w
-    ready = _ready(matrices, x.dtype, *units, MIXER_DIMS)
-    w_in, w_out, w = _taken(ready, matrices, *units, MIXER_DIMS)
+def _to_v(x, gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, eps, geps, walks):
+    "A mixer as far as v: zx, u, borders, v, the statistics of x, the mean of every image, its gate."
+    c, unit, wide = x.shape[3], len(gain)//len(walks), x.shape[3]//len(walks)
     zx, stats, mean, gate = _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide)
     u = _conv(zx[...,:c], k, kb, 'silu', unit=unit if wide > unit else None)
     v, borders = _gated(u, zx, x_proj, dt_w, A_log, D, dt_b, ng, nb, geps, walks, log=True)
-    y, t, tstats = _mix(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, eps, wide)
+    return zx, u, borders, v, stats, mean, gate
+
+def mixer_forward(x, scale, *args):
+    """y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image, its gate, and the
+    matrices as products take them. args: the 20 parameters, eps, eps of the scan's norm, walks, and whether y is x plus what the mixer makes of it."""
+    *params, eps, geps, walks, residual = args
+    units, matrices, bias = (len(params[0])//len(walks), x.shape[3]//len(walks)), (params[6], params[16], params[18]), params[19]
+    ready = _ready(matrices, x.dtype, *units, MIXER_DIMS)
+    w_in, w_out, w = _taken(ready, matrices, *units, MIXER_DIMS)
+    zx, u, borders, v, stats, mean, gate = _to_v(x, *params[:6], w_in, *params[7:16], eps, geps, walks)
+    y, t, tstats = _mix((v, x, stats, *params[:2], w_out, params[17], gate), w, bias, scale, eps, units, residual)
     return y, zx, u, borders, v, t, stats, tstats, mean, gate, ready
 
 # %% ../nbs/02c_blocks.ipynb #02c0002e
@@ -465,12 +503,37 @@ def ffn_forward(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
     return gemm(_rows(_conv(h, k, kb, 'gelu')), w2, b2, _rows(x), scale, l, units).view_as(x), h, stats, ready
 
 # %% ../nbs/02c_blocks.ipynb #02d0c002
-def ffn_inference(x, scale, gain, shift, w1, b1, k, kb, w2, b2, eps):
-    "y, and the statistics of x: the FFN without what a backward pass would need."
-    units, l = (len(gain)//4, x.shape[3]//4), x.shape[1]*x.shape[2]
-    w1, w2 = _taken(_ready((w1, w2), x.dtype, *units, FFN_DIMS), (w1, w2), *units, FFN_DIMS)
-    n, stats = norm_rows(_rows(x), gain, shift, eps, units)
-    return gemm(_rows(hidden_map(n.view(x.shape), w1, b1, k, kb)), w2, b2, _rows(x), scale, l, units).view_as(x), stats
+def _mix_then_norm(given, w, bias, eps, units, then, more=None):
+    "y of a mixer, plus `more` (a number a channel) if given, and the LayerNorm of y without that. then: gain, shift and eps of the norm. For short rows there is no `more`."
+    if PLANS['whole'](given[1].shape[3]): return _mix_whole(given, w, bias, None, eps, units, then)
+    x, tn = given[1], _mix_long(given, eps, units)[1]
+    y = gemm(tn, w, bias, _rows(x), None, x.shape[1]*x.shape[2], units, more)
+    return y.view_as(x), norm_rows(y, *then, units, more)[0].view_as(x)
+
+# %% ../nbs/02c_blocks.ipynb #02d0c014
+def _activation(n, w, b, k, kb):
+    "GELU(DWConv(n wᵀ + b) + kb) of a map."
+    if PLANS['slide'](n.shape[3]): return hidden_map(n, w, b, k, kb)
+    return _conv(gemm(_rows(n), w, b).view(*n.shape[:3], -1), k, kb, 'gelu')
+
+def _add_product(y, a, w):
+    "y += a wᵀ in place, by PyTorch."
+    with _no_autocast(y): return y.addmm_(a, w.t())
+
+# %% ../nbs/02c_blocks.ipynb #02d0c012
+def block_inference(x, *args):
+    """y of a mixer and the FFN behind it, and the gate of every image: a block without what a backward pass would need.
+    args: the mixer's 20 parameters, the FFN's 8, eps, eps of the scan's norm, of the FFN's norm, walks."""
+    *params, eps, geps, feps, walks = args
+    mixer, (gain, shift, w1, b1, k, kb, w2, b2) = params[:20], params[20:]
+    c, units, matrices, dims = x.shape[3], (len(gain)//len(walks), x.shape[3]//len(walks)), (mixer[6], mixer[16], mixer[18], w1, w2, b1[None]), (*MIXER_DIMS, *FFN_DIMS, ())
+    w_in, w_out, w, w1, w2, b16 = _taken(_ready(matrices, x.dtype, *units, dims), matrices, *units, dims)
+    _, _, _, v, stats, _, gate = _to_v(x, *mixer[:6], w_in, *mixer[7:16], eps, geps, walks)
+    given, in_place = (v, x, stats, *mixer[:2], w_out, mixer[17], gate), PLANS['library'](c, len(b1)) and not PLANS['whole'](c)
+    y, n = _mix_then_norm(given, w, mixer[19], eps, units, (gain, shift, feps), b2 if in_place else None)
+    y, a = _rows(y), _rows(_activation(n, w1, b1 if PLANS['slide'](c) else b16[0], k, kb))
+    y = _add_product(y, a, w2) if in_place else gemm(a, w2, b2, y, None, x.shape[1]*x.shape[2], units)
+    return y.view_as(x), gate
 
 # %% ../nbs/02c_blocks.ipynb #02c0001d
 @triton.jit
@@ -603,6 +666,18 @@ def _rows_out_back(ds, v, x, stats, gain, shift, w_out, skip, gate, w, do, dv, d
     wo = _groups(w_out, c[:,None], c[:,None], c[None], both, WIDE, DT)
     tl.store(dv + at, tl.dot(d, wo, input_precision='ieee').to(dv.dtype.element_ty), mask=mask)
 
+# %% ../nbs/02c_blocks.ipynb #02c00019
+@triton.jit
+def _tile_of(x, stats, gain, shift, gate, C, L, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr,
+    ST: tl.constexpr):
+    "For a tile of an image's rows and one group: row numbers, columns, which of both exist, the LayerNorm of x and the gate."
+    r, b = tl.program_id(0) % tiles*BM + tl.arange(0, BM), (tl.program_id(0)//tiles).to(tl.int64)
+    u = tl.arange(0, UP)
+    in_u, c, row = u < WIDE, tl.program_id(1)*WIDE + u, b*L + tl.minimum(r, L - 1)
+    mean, rstd = tl.load(stats + 2*row).to(ST), tl.load(stats + 2*row + 1).to(ST)
+    t = _normed(x + row[:,None]*C, mean, rstd, gain, shift, c, in_u, UNIT, WIDE, ST)
+    return row, c, in_u, (r < L)[:,None] & in_u[None], t, tl.load(gate + b*C + c, mask=in_u, other=0).to(ST)[None]
+
 # %% ../nbs/02c_blocks.ipynb #02c0001b
 @triton.jit
 def _rows_mix_back(dt, v, x, stats, gain, shift, w, skip, gate, do, dv, dxn, q, L, C, tiles, UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -622,9 +697,9 @@ def _rows_mix_back(dt, v, x, stats, gain, shift, w, skip, gate, do, dv, dxn, q, 
     tl.store(dv + at, d.to(dv.dtype.element_ty), mask=mask)
 
 # %% ../nbs/02c_blocks.ipynb #02c0012c
-def _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, part):
+def _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, part, whole):
     "Gradients of o, v and norm(x), LN(t), and of every image and tile the sums q, or (q, shares of gain and shift): (B, tiles, 1 or 3, C)."
-    wide, whole = units[1], PLANS['whole'](x.shape[3])
+    wide = units[1]
     b, l, c, bm, warps, tiles = _tiles(x, 'out_back' if whole else 'mix_back')
     do, dv, dxn, sums = _new(x), _new(x), _new(x), x.new_empty(b, tiles, 3 if whole else 1, c, dtype=_state_dtype(x))
     given, meta = (v, x, stats, gain, shift, w_out, skip, gate), _units(units, c) | _types(x) | dict(BM=bm, num_warps=warps)
@@ -828,16 +903,16 @@ def _ffn_finish(params, norm, dw1, taps, dw2, db2, wide):
 # %% ../nbs/02c_blocks.ipynb #02c0002c
 def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready, scale, *args):
     "Gradients of x and, side by side in one tensor, of all parameters: `_grads` takes it apart."
-    *params, eps, geps, walks = args
+    *params, eps, geps, walks, residual = args
     gain, shift, w1, b1, w2, b2, w_in, k, kb, x_proj, dt_w, A_log, D, dt_b, ng, nb, w_out, skip, w, bias = params
-    G, c = len(walks), x.shape[3]
+    G, c, whole = len(walks), x.shape[3], _whole(x.shape[3], residual)
     zx, u, v, t = _maps(x, zx, u, v, t)
     borders = borders.view(len(x), -1, A_log.shape[1], c)
     units = unit, wide = len(gain)//G, c//G
     w_in, w_out, w = _taken(ready, (w_in, w_out, w), *units, MIXER_DIMS)
-    ds, part = _scaled(dy, scale), _parts(_rows(x), more := len(x) if PLANS['whole'](c) else _shares(_rows(x)))
+    ds, part = _scaled(dy, scale), _parts(_rows(x), more := len(x) if whole else _shares(_rows(x)))
     first, second = part[0,:more], part[0,more:]
-    do, dv, dxn, tn, sums = _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, first)
+    do, dv, dxn, tn, sums = _mix_back(ds, v, x, t, stats, tstats, gain, shift, w_out, skip, gate, w, eps, units, first, whole)
     (dw, db), dw_out = wgrad(ds, tn, bias=True), wgrad(_rows(do), _rows(v), groups=G)
     del ds, do, tn
     dmean, dgate, dskip = _gate_grads(sums, x, mean, gate, w1, b1, w2, skip, unit, first)
@@ -848,7 +923,7 @@ def mixer_backward(dy, x, zx, u, borders, v, t, stats, tstats, mean, gate, ready
     launch(_rows_in_back, (b*tiles, G//gp), dzx, w_in, dmean, dxn, l, c, tiles, WIDE=wide, CW=gp*wide, UP=_p2(gp*wide), BM=bm,
             **_types(x), num_warps=warps)
     dw_in = wgrad(_rows(dzx), norm_rows(_rows(x), gain, shift, eps, units)[0], groups=G, halves=2)
-    dx = norm_back(dxn, _rows(x), stats, gain, second, _rows(dy), units)
+    dx = norm_back(dxn, _rows(x), stats, gain, second, _rows(dy) if residual else None, units)
     return dx.view_as(x), _mixer_finish(params, part, dgate, dw_in, taps, dscan, dnorm, dw_out, dskip, dw, db, wide)
 
 # %% ../nbs/02c_blocks.ipynb #02c0002f
@@ -888,28 +963,29 @@ _MIXER = ('gain shift fc1 fc1_bias fc2 fc2_bias in_proj conv conv_bias x_proj dt
 _FFN = 'gain shift fc1 fc1_bias conv conv_bias fc2 fc2_bias'.split()
 
 def _operator(name, f, given, params, options, results):
-    "A custom operator of tensors `given`, drop path's factors, parameters and options, with so many results."
-    tensors = [*(f'Tensor {n}' for n in given), 'Tensor? scale', *(f'Tensor {n}' for n in params), *options]
-    schema = f'({", ".join(tensors)}) -> ({", ".join(["Tensor"]*results)})'
+    "A custom operator of tensors `given`, of which those with a question mark may be None, parameters and options, with so many results."
+    tensors = [f'Tensor? {n[:-1]}' if n[-1] == '?' else f'Tensor {n}' for n in given.split()]
+    schema = f'({", ".join([*tensors, *(f"Tensor {n}" for n in params), *options])}) -> ({", ".join(["Tensor"]*results)})'
     return torch.library.custom_op(f'groupmamba::{name}', f, mutates_args=(), schema=schema)
 
-_kept = 'x zx u borders v t stats tstats mean gate ready'.split()
-_size, _mixer_options, _ffn_options = 'SymInt[] size', ('float eps', 'float scan_eps', 'int[] walks'), ('float eps',)
-_mixer, _ffn, _ffn_alone = (recorded(in_rows(f)) for f in (mixer_forward, ffn_forward, ffn_inference))
+_kept = 'x zx u borders v t stats tstats mean gate ready'
+_size, _mixer_options, _ffn_options = 'SymInt[] size', ('float eps', 'float scan_eps', 'int[] walks', 'bool residual'), ('float eps',)
+_mixer, _ffn, _block_alone = (recorded(in_rows(f)) for f in (mixer_forward, ffn_forward, block_inference))
 _mixer_back, _ffn_back = (recorded(in_rows(f, 2)) for f in (mixer_backward, ffn_backward))
-_mixer_op = _operator('mixer_block', _mixer, ['x'], _MIXER, (*_mixer_options, _size), 11)
-_mixer_backward_op = _operator('mixer_block_backward', _mixer_back, ['dy', *_kept], _MIXER, (*_mixer_options, _size), 2)
-_ffn_op = _operator('ffn_block', _ffn, ['x'], _FFN, (*_ffn_options, _size), 4)
-_ffn_alone_op = _operator('ffn_inference', _ffn_alone, ['x'], _FFN, (*_ffn_options, _size), 2)
-_ffn_backward_op = _operator('ffn_block_backward', _ffn_back, ['dy', 'x', 'h', 'stats', 'ready'], _FFN, (*_ffn_options, _size), 2)
+_mixer_op = _operator('mixer_block', _mixer, 'x scale?', _MIXER, (*_mixer_options, _size), 11)
+_mixer_backward_op = _operator('mixer_block_backward', _mixer_back, f'dy {_kept} scale?', _MIXER, (*_mixer_options, _size), 2)
+_ffn_op = _operator('ffn_block', _ffn, 'x scale?', _FFN, (*_ffn_options, _size), 4)
+_block_alone_op = _operator('inference_block', _block_alone, 'x', [*_MIXER, *(f'ffn_{n}' for n in _FFN)],
+                            (*_mixer_options[:2], 'float ffn_eps', _mixer_options[2], _size), 2)
+_ffn_backward_op = _operator('ffn_block_backward', _ffn_back, 'dy x h stats ready scale?', _FFN, (*_ffn_options, _size), 2)
 
 # %% ../nbs/02c_blocks.ipynb #02c00033
 @_mixer_op.register_fake
 @in_rows
 def _(x, scale, *args):
-    (b, h, w, c), walks, st = x.shape, args[-1], _state_dtype(x)
+    (b, h, w, c), (walks, residual), st = x.shape, args[-2:], _state_dtype(x)
     def new(*s, dtype=st): return x.new_empty(*s, dtype=dtype)
-    t = x.new_empty(0) if PLANS['whole'](c) else _new(x)
+    t = x.new_empty(0) if _whole(c, residual) else _new(x)
     borders = new(b, -(-(h*w)//_scan_plan(c//len(walks))[0]), args[11].shape[1], c)
     return (_new(x), new(b, h, w, 2*c, dtype=x.dtype), _new(x), borders, _new(x), t, new(b*h*w, 2), new(len(t)*h*w, 2), new(b, c), new(b, c),
             new(c*(3*(c//len(walks)) + c), dtype=x.dtype))
@@ -925,9 +1001,9 @@ def _(x, scale, *args):
     m = args[2].shape[0]
     return _new(x), x.new_empty(*x.shape[:3], m), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x)), x.new_empty(2*m*x.shape[3])
 
-@_ffn_alone_op.register_fake
+@_block_alone_op.register_fake
 @in_rows
-def _(x, scale, *args): return _new(x), x.new_empty(math.prod(x.shape[:3]), 2, dtype=_state_dtype(x))
+def _(x, *args): return _new(x), x.new_empty(len(x), x.shape[3], dtype=_state_dtype(x))
 
 @_ffn_backward_op.register_fake
 @partial(in_rows, maps=2)
@@ -956,7 +1032,7 @@ def _mixer_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dx, flat = _called(_mixer_backward_op, _mixer_back, dy, x, *saved, *ctx.options)
-    return dx, None, *_grads(flat, saved[-20:]), *4*[None]
+    return dx, None, *_grads(flat, saved[-20:]), *5*[None]
 
 def _ffn_vjp(ctx, dy, *rest):
     x, *saved = ctx.saved_tensors
@@ -1000,7 +1076,7 @@ _norm_backward_op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/02c_blocks.ipynb #02c0e004
 _WAYS = dict(mixer_block=(_mixer, _save(20), _mixer_vjp), ffn_block=(_ffn, _save(8), _ffn_vjp),
-             rows_norm=(_norm_forward, _save_norm, _norm_vjp), ffn_inference=(_ffn_alone, None, None))    # what an operator does, what it keeps, its gradient
+             rows_norm=(_norm_forward, _save_norm, _norm_vjp), inference_block=(_block_alone, None, None))    # what an operator does, what it keeps, its gradient
 for _op, (_, _keep, _vjp) in zip((_mixer_op, _ffn_op, _norm_op), _WAYS.values()): _op.register_autograd(_vjp, setup_context=_keep)
 
 class _Short(torch.autograd.Function):
@@ -1036,10 +1112,15 @@ def _mixer_flops(x, scale, gain, shift, fc1, fc1_bias, fc2, fc2_bias, in_proj, c
     u = (x[0], x[1]*x[2], c)
     return 2*rows*(products + 9*c) + 2*2*x[0]*r*c + _scan_flops(u, u, A_log)
 
-@register_flop_formula([torch.ops.groupmamba.ffn_block, torch.ops.groupmamba.ffn_inference])
+@register_flop_formula(torch.ops.groupmamba.ffn_block)
 def _ffn_flops(x, scale, gain, shift, fc1, *args, out_shape=None, **kwargs):
     "Two linear layers and nine taps."
     return 2*math.prod(x[:-1])*(2*math.prod(fc1) + 9*fc1[0])
+
+@register_flop_formula(torch.ops.groupmamba.inference_block)
+def _block_flops(x, *args, out_shape=None, **kwargs):
+    "Mixer and FFN."
+    return _mixer_flops(x, None, *args[:20], args[-1]) + _ffn_flops(x, None, *args[20:28])
 
 # %% ../nbs/02c_blocks.ipynb #02c00038
 _PLAIN = False
@@ -1080,7 +1161,7 @@ def hidden_parts(
     return max(1, min(hidden//128, -(-x.numel()//x.shape[-1]*hidden//2**19))) if eager_cpu(x) else 1
 
 # %% ../nbs/02c_blocks.ipynb #02c0013a
-def _check(where, x, scale, params, n, directions=()):
+def _check(where, x, scale, params, n, directions=None):
     "Raise unless the map, drop path's factors, the number of parameters and the directions are what the kernels expect."
     _pick('triton', x.is_cuda)
     _check_map('x', x)
@@ -1094,6 +1175,8 @@ def _check(where, x, scale, params, n, directions=()):
         raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be one factor an image, ({len(x)},)")
     for p in (*params, *([] if scale is None else [scale])):
         if p.device != x.device: raise ValueError(f"a parameter is on {p.device}; all must be on {x.device}, where x is")
+    if directions is None: return
+    if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
     for d in directions:
         if d not in WALKS: raise ValueError(f"directions contains {d!r}; each must be one of {', '.join(WALKS)}")
 
@@ -1105,11 +1188,11 @@ def mixer_block(
     eps:float, # of the outer LayerNorm
     scan_eps:float, # of the LayerNorm behind the scan
     directions:tuple, # of the four groups, names in 'lr', 'rl', 'tb', 'bt'
+    residual:bool=True, # False: y without x
 )->Tensor: # y = x + scale·mixer(x), shape and dtype of x
-    "A mixer with its residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
+    "A mixer, usually with its residual, as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('mixer_block', x, scale, params, 20, directions)
-    if len(directions) != 4: raise ValueError(f"directions has {len(directions)} names; it must have 4, one a group")
-    return _result('mixer_block', x, scale, *params, eps, scan_eps, [WALKS[d] for d in directions])
+    return _result('mixer_block', x, scale, *params, eps, scan_eps, [WALKS[d] for d in directions], residual)
 
 # %% ../nbs/02c_blocks.ipynb #02c0023a
 def ffn_block(
@@ -1118,10 +1201,25 @@ def ffn_block(
     params:tuple, # gain and shift of the norm, fc1, bias, taps (M, 1, 3, 3), bias, fc2, bias
     eps:float, # of the LayerNorm
 )->Tensor: # y = x + scale·ffn(norm(x)), shape and dtype of x
-    "LayerNorm, FFN, residual as one operator, which keeps nothing where no gradient is wanted; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
+    "LayerNorm, FFN, residual as one operator; no second derivative. Raises `ValueError` for misfits, `RuntimeError` without Triton."
     _check('ffn_block', x, scale, params, 8)
-    keep = torch.is_grad_enabled() or not PLANS['slide'](x.shape[3])
-    return _result('ffn_block' if keep else 'ffn_inference', x, scale, *params, eps)
+    return _result('ffn_block', x, scale, *params, eps)
+
+# %% ../nbs/02c_blocks.ipynb #02c0033a
+def inference_block(
+    x:Tensor, # image map (B, H, W, C), or with its four groups `widened`
+    mixer_params:tuple, # as for `mixer_block`
+    ffn_params:tuple, # as for `ffn_block`
+    eps:float, # of the mixer's outer LayerNorm
+    scan_eps:float, # of the LayerNorm behind the scan
+    ffn_eps:float, # of the FFN's LayerNorm
+    directions:tuple, # of the four groups, names in 'lr', 'rl', 'tb', 'bt'
+)->Tensor: # what `ffn_block` makes of what `mixer_block` makes of x, shape and dtype of x
+    "A block without drop path and without a gradient as one operator. Raises `ValueError` for misfits, `RuntimeError` without Triton or where gradients are on."
+    if torch.is_grad_enabled(): raise RuntimeError('inference_block has no gradient; call it under torch.no_grad(), or mixer_block and ffn_block')
+    _check('inference_block', x, None, mixer_params, 20, directions)
+    _check('inference_block', x, None, ffn_params, 8)
+    return _result('inference_block', x, *mixer_params, *ffn_params, eps, scan_eps, ffn_eps, [WALKS[d] for d in directions])
 
 # %% ../nbs/02c_blocks.ipynb #02c0003b
 def layer_norm(

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .blocks import ffn_block, fused_dtype, mixer_block, narrow, widen, widened
+from .blocks import ffn_block, fused_dtype, inference_block, mixer_block, narrow, widen, widened
 from .vsss import FFN, GroupLinear, MambaMixer, in_parts, init_weights
 from .grouped import FOUR, check_directions, scan_along
 from .cam import ChannelAffinity, cam
@@ -62,10 +62,20 @@ class ReleasedMixer(nn.Module):
     def forward(self,
         x:Tensor, # image map (B, H, W, dim)
     )->Tensor: # image map (B, H, W, dim)
+        if self.fusible and (dtype := fused_dtype(x)): return self.fused(x, dtype)
         x = self.norm(x)
         x_gm = self.mamba(x)*self.skip_scale*x
         x_cam = cam(x_gm, self.affinity(x)) if self.affinity else x_gm
         return self.proj(self.norm(x_cam))
+
+    def fused(self,
+        x:Tensor, # image map (B, H, W, dim)
+        dtype:torch.dtype, # 16 bits
+    )->Tensor: # same shape, in `dtype`
+        "The same by one operator."
+        units = len(self.norm.weight)//4, widened(len(self.norm.weight)//4)
+        x = widen(x.to(dtype), *units, (3,))
+        return narrow(mixer_block(x, None, self.parts(), self.norm.eps, self.mamba.norm.eps, self.directions, residual=False), *units, (3,))
 
 # %% ../nbs/07_released.ipynb #85390482
 class ConvFFN(FFN):
@@ -118,14 +128,17 @@ class ReleasedBlock(nn.Module):
         x:Tensor, # image map (B, H, W, dim), or `widened`
         dtype:torch.dtype, # 16 bits
     )->Tensor: # same shape, in `dtype`
-        "The same by two operators; a map with room in its groups keeps it."
+        "The same by two operators, by one where nothing is learnt; a map with room in its groups keeps it."
         units = self.units
         plain = x.shape[-1] != 4*units[1]
         x = widen(x.to(dtype), *units, (3,)) if plain else x.to(dtype)
-        m, f, norm, scale = self.mixer, self.ffn, self.norm, self.drop_path.factor
-        x = mixer_block(x, scale(x), m.parts(), m.norm.eps, m.mamba.norm.eps, m.directions)
+        m, f, norm, scales = self.mixer, self.ffn, self.norm, [self.drop_path.factor(x) for _ in range(2)]
         params = norm.weight, norm.bias, f.fc1.weight, f.fc1.bias, f.dwconv.weight, f.dwconv.bias, f.fc2.weight, f.fc2.bias
-        x = ffn_block(x, scale(x), params, norm.eps)
+        if all(s is None for s in scales) and not torch.is_grad_enabled():
+            x = inference_block(x, m.parts(), params, m.norm.eps, m.mamba.norm.eps, norm.eps, m.directions)
+        else:
+            x = mixer_block(x, scales[0], m.parts(), m.norm.eps, m.mamba.norm.eps, m.directions)
+            x = ffn_block(x, scales[1], params, norm.eps)
         return narrow(x, *units, (3,)) if plain else x
 
 # %% ../nbs/07_released.ipynb #bc582349
