@@ -485,11 +485,12 @@ def mixer_forward(x, scale, *args):
     """y, and for the backward pass zx, u, borders, v, t, the statistics of x and of t, the mean of every image, its gate, and the
     matrices as products take them. args: the 20 parameters, eps, eps of the scan's norm, walks, and whether y is x plus what the mixer makes of it."""
     *params, eps, geps, walks, residual = args
-    units, matrices, bias = (len(params[0])//len(walks), x.shape[3]//len(walks)), (params[6], params[16], params[18]), params[19]
+    norm_and_gate, (w_in, *middle), (w_out, skip, w, bias) = params[:6], params[6:16], params[16:]
+    units, matrices = (len(params[0])//len(walks), x.shape[3]//len(walks)), (w_in, w_out, w)
     ready = _ready(matrices, x.dtype, *units, MIXER_DIMS)
     w_in, w_out, w = _taken(ready, matrices, *units, MIXER_DIMS)
-    zx, u, borders, v, stats, mean, gate = _to_v(x, *params[:6], w_in, *params[7:16], eps, geps, walks)
-    y, t, tstats = _mix((v, x, stats, *params[:2], w_out, params[17], gate), w, bias, scale, eps, units, residual)
+    zx, u, borders, v, stats, mean, gate = _to_v(x, *norm_and_gate, w_in, *middle, eps, geps, walks)
+    y, t, tstats = _mix((v, x, stats, *params[:2], w_out, skip, gate), w, bias, scale, eps, units, residual)
     return y, zx, u, borders, v, t, stats, tstats, mean, gate, ready
 
 # %% ../nbs/02c_blocks.ipynb #02c0002e
@@ -525,12 +526,13 @@ def block_inference(x, *args):
     """y of a mixer and the FFN behind it, and the gate of every image: a block without what a backward pass would need.
     args: the mixer's 20 parameters, the FFN's 8, eps, eps of the scan's norm, of the FFN's norm, walks."""
     *params, eps, geps, feps, walks = args
-    mixer, (gain, shift, w1, b1, k, kb, w2, b2) = params[:20], params[20:]
-    c, units, matrices, dims = x.shape[3], (len(gain)//len(walks), x.shape[3]//len(walks)), (mixer[6], mixer[16], mixer[18], w1, w2, b1[None]), (*MIXER_DIMS, *FFN_DIMS, ())
+    norm_and_gate, (w_in, *middle), (w_out, skip, w, bias), (gain, shift, w1, b1, k, kb, w2, b2) = params[:6], params[6:16], params[16:20], params[20:]
+    c, units = x.shape[3], (len(gain)//len(walks), x.shape[3]//len(walks))
+    matrices, dims = (w_in, w_out, w, w1, w2, b1[None]), (*MIXER_DIMS, *FFN_DIMS, ())
     w_in, w_out, w, w1, w2, b16 = _taken(_ready(matrices, x.dtype, *units, dims), matrices, *units, dims)
-    _, _, _, v, stats, _, gate = _to_v(x, *mixer[:6], w_in, *mixer[7:16], eps, geps, walks)
-    given, in_place = (v, x, stats, *mixer[:2], w_out, mixer[17], gate), PLANS['library'](c, len(b1)) and not PLANS['whole'](c)
-    y, n = _mix_then_norm(given, w, mixer[19], eps, units, (gain, shift, feps), b2 if in_place else None)
+    _, _, _, v, stats, _, gate = _to_v(x, *norm_and_gate, w_in, *middle, eps, geps, walks)
+    in_place = PLANS['library'](c, len(b1)) and not PLANS['whole'](c)
+    y, n = _mix_then_norm((v, x, stats, *params[:2], w_out, skip, gate), w, bias, eps, units, (gain, shift, feps), b2 if in_place else None)
     y, a = _rows(y), _rows(_activation(n, w1, b1 if PLANS['slide'](c) else b16[0], k, kb))
     y = _add_product(y, a, w2) if in_place else gemm(a, w2, b2, y, None, x.shape[1]*x.shape[2], units)
     return y.view_as(x), gate
