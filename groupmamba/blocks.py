@@ -393,6 +393,15 @@ def _project_in(x, gain, shift, w1, b1, w2, b2, w_in, eps, wide):
     launch(_gate, (b,), sums, w1, b1, w2, b2, mean, gate, l, c, len(b1), tiles, CP=_p2(c), RP=_p2(len(b1)), **groups, ST=types['ST'], num_warps=8)
     return zx, stats, mean, gate
 
+# %% ../nbs/02c_blocks.ipynb #02c0019a
+@triton.jit
+def _rows_of(v, x, stats, b, r, L, C, c, in_c, ST: tl.constexpr, DT: tl.constexpr):
+    "Of rows r of image b: where columns c lie and which exist, v, x, and mean and 1/deviation of x."
+    row = b*L + tl.minimum(r, L - 1)
+    at, mask = row[:,None]*C + c[None], (r < L)[:,None] & in_c[None]
+    t, xr = tl.load(v + at, mask=mask, other=0).to(DT), tl.load(x + at, mask=mask, other=0).to(ST)
+    return at, mask, t, xr, tl.load(stats + 2*row).to(ST)[:,None], tl.load(stats + 2*row + 1).to(ST)[:,None]
+
 # %% ../nbs/02c_blocks.ipynb #02c0011a
 @triton.jit
 def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, gain2, shift2, n, L, C, tiles, rows, eps, eps2,
@@ -406,10 +415,7 @@ def _rows_out(v, x, stats, gain, shift, w_out, skip, gate, w, bias, scale, y, ga
     if NORM: gn2, sh2 = _vec(gain2, c, in_c, UNIT, WIDE, ST)[None], _vec(shift2, c, in_c, UNIT, WIDE, ST)[None]
     for i in range(0, rows, BM):
         r = r0 + i + tl.arange(0, BM)
-        row = b*L + tl.minimum(r, L - 1)
-        mask, at = (r < L)[:,None] & in_c[None], row[:,None]*C + c[None]
-        t, xr = tl.load(v + at, mask=mask, other=0).to(DT), tl.load(x + at, mask=mask, other=0).to(ST)
-        mean, rstd = tl.load(stats + 2*row).to(ST)[:,None], tl.load(stats + 2*row + 1).to(ST)[:,None]
+        at, mask, t, xr, mean, rstd = _rows_of(v, x, stats, b, r, L, C, c, in_c, ST, DT)
         t = tl.dot(t, wo, input_precision='ieee').to(ST)*f*((xr - mean)*rstd*gn + sh)
         mean, rstd = _deviation(tl.sum(t, 1), tl.sum(t*t, 1), real, eps)
         t = tl.dot(((t - mean[:,None])*rstd[:,None]*gn + sh).to(DT), wp, input_precision='ieee').to(ST) + add
@@ -432,10 +438,7 @@ def _rows_mix(v, x, stats, gain, shift, w, skip, gate, t, L, C, tiles, rows, UNI
     f = tl.load(gate + b*C + c, mask=in_u, other=0).to(ST)[None]*tl.load(skip).to(ST)
     for i in tl.range(0, rows, BM, num_stages=STAGES):                       # said here: else only v, which the product needs, would be read ahead
         r = r0 + i + tl.arange(0, BM)
-        row = b*L + tl.minimum(r, L - 1)
-        mask, at = (r < L)[:,None] & in_u[None], row[:,None]*C + c[None]
-        o, xr = tl.load(v + at, mask=mask, other=0).to(DT), tl.load(x + at, mask=mask, other=0).to(ST)
-        mean, rstd = tl.load(stats + 2*row).to(ST)[:,None], tl.load(stats + 2*row + 1).to(ST)[:,None]
+        at, mask, o, xr, mean, rstd = _rows_of(v, x, stats, b, r, L, C, c, in_u, ST, DT)
         o = tl.dot(o, wg, input_precision='ieee').to(ST)*f*((xr - mean)*rstd*gn + sh)
         tl.store(t + at, o.to(t.dtype.element_ty), mask=mask)
 
