@@ -25,7 +25,9 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
     return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend='triton')
 
 def turned(delta, A, B, C):
-    "A, B, C of a real scan of 2N states for a complex one of N: a state is turned back by the angle that Im A has turned it so far, and then only decays."
+    """A, B, C of a real scan of 2N states for a complex one of N. Turned back by the angle that Im A has turned it so far, a state only decays:
+    with p_t = Im A * sum of delta up to t and g_t = exp(-i p_t) h_t,  g_t = exp(delta_t Re A) g_{t-1} + exp(-i p_t) B_t delta_t u_t,
+    and y_t = 2 Re(C_t exp(i p_t) g_t), as mamba-ssm has it."""
     def matrix(m): # (d, n), or real and imaginary parts in turns (b, [g,] n, 2l), as (b or 1, d or 1, n, l or 1)
         if m.ndim == 2: return m[None, ..., None]
         m = torch.view_as_complex(m.float().unflatten(-1, (-1, 2)).contiguous())

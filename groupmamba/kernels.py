@@ -476,11 +476,11 @@ def _store_sums(ptr, x, b, d, in_d, i, channels, rows, N: tl.constexpr):
 
 # %% ../nbs/02_kernels.ipynb #c3a1f04a
 @triton.jit
-def _add_exactly(x, excess, v):
-    "x + v, without what the last addition added too much, and what this one does."
-    w = v - excess
-    y = x + w
-    return y, (y - x) - w
+def _add_exactly(x, lost, v):
+    "x + v, and all that rounding has lost so far, this addition included."
+    y = x + v
+    w = y - x
+    return y, lost + ((x - (y - w)) + (v - w))
 
 # %% ../nbs/02_kernels.ipynb #c3a1f018
 @triton.jit
@@ -549,7 +549,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     s_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # a·q of the first step after the tile
     if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
     sum_A, sum_D = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((RUNS, DB), ST)
-    sum_B, sum_C, sum_bias, excess, A0 = sum_A, sum_A, sum_D, sum_D, _load_row(A, d*N, in_d, ST)
+    sum_B, sum_C, sum_bias, lost, A0 = sum_A, sum_A, sum_D, sum_D, _load_row(A, d*N, in_d, ST)
     skip, shift = _load_row(D, d, in_d, ST) if D is not None else 0., _load_row(bias, d, in_d, ST) if bias is not None else 0.
     for j in tl.range(K, num_stages=STAGES):
         k = K - 1 - j
@@ -557,7 +557,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
         p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
         raw, delta, x, g = _back_tile(dy, u, dt, shift, gs, us, ts, p0, p1, p2, p3, t, L, end, d, in_d, bias is not None, RUNS, DB, FULL, EVEN, SOFTPLUS, MAP, ST)
         if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST))
-        if D is not None: sum_D, excess = _add_exactly(sum_D, excess, tl.sum(g*x, 2))
+        if D is not None: sum_D, lost = _add_exactly(sum_D, lost, tl.sum(g*x, 2))
         v, dd, dx, out = delta*x, x*0, g*skip if D is not None else x*0, x*skip if D is not None else x*0
         for n in range(N):
             s_all, sum_A, sum_B, sum_C, dd, dx, out = _back_state(
@@ -568,7 +568,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
         _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
-    _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D - excess, sum_bias, b, d, in_d, i, channels, rows, N, VAR_B, VAR_C)
+    _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D + lost, sum_bias, b, d, in_d, i, channels, rows, N, VAR_B, VAR_C)
 
 # %% ../nbs/02_kernels.ipynb #e215fe9a
 @triton.jit
