@@ -572,12 +572,12 @@ def _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R: tl.constexpr, N: t
 # %% ../nbs/02b_fused.ipynb #ba7e0024
 @triton.jit
 def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, in_e, j, R: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BACK_RUNS: tl.constexpr,
-    GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr):
+    GATHER: tl.constexpr, FAST: tl.constexpr, LOG: tl.constexpr, ST: tl.constexpr, EARLY: tl.constexpr):
     "The same, where tiles k - 1 and k + 1 are other programs' work. states: of this image and n, `apart` from border to border."
     a, w = _steps(n, delta, x, B, S, A, d, in_d, j, R, N, RUNS, FAST, LOG, ST)
     P, s = _local(a, w)
     here, there = k*(RUNS//BACK_RUNS), (k + 1)*(RUNS//BACK_RUNS)
-    into, _out = _pass_on(P, s, states + here*apart, k > 0, states + there*apart, there < tiles, e, in_e, RUNS, GATHER)
+    into, _out = _pass_on(P, s, states + here*apart, k > 0, states + there*apart, there < tiles, e, in_e, RUNS, False, GATHER, EARLY)
     _store_borders(states, into, k, tiles, apart, e, in_e, RUNS, BACK_RUNS)
     return _global(a, w, into)
 
@@ -585,7 +585,7 @@ def _scan_tile_alone(states, k, tiles, apart, n, delta, x, B, S, A, d, in_d, e, 
 @triton.jit
 def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, states,
     H, W, walks, K, tiles, eps, unit, FAST: tl.constexpr, LOG: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr, BACK_RUNS: tl.constexpr, LATE: tl.constexpr):
+    RP: tl.constexpr, FEW: tl.constexpr, GATHER: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ST: tl.constexpr, DT: tl.constexpr, WHOLE: tl.constexpr, BACK_RUNS: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr):
     "v of all K tiles of an image and group (WHOLE) or of one of them, and the states that enter the `tiles` tiles of the backward pass. LATE: z is read when the scan is done."
     L, channels, chains = H*W, G*WIDE, tl.num_programs(0) if WHOLE else tl.num_programs(0)//K
     begin = 0 if WHOLE else tl.program_id(0)//chains
@@ -605,7 +605,7 @@ def _gated_forward(u, zx, Wx, Wdt, A, D, bias, gain, shift, v, states,
         y = Db*x
         for n in range(N):
             if WHOLE: h, h_all = _scan_tile(h_all, n, delta, x, B, S, A, d, in_d, i, j, R, N, RUNS, DB, GATHER, FAST, LOG, ST)
-            else: h = _scan_tile_alone(states + n*channels, k, tiles, N*channels, n, delta, x, B, S, A, d, in_d, e, in_e, j, R, N, RUNS, BACK_RUNS, GATHER, FAST, LOG, ST)
+            else: h = _scan_tile_alone(states + n*channels, k, tiles, N*channels, n, delta, x, B, S, A, d, in_d, e, in_e, j, R, N, RUNS, BACK_RUNS, GATHER, FAST, LOG, ST, EARLY)
             y += _of(C, S, j, R + N + n, N, RUNS, ST)*h
         if LATE: z = _read4(zx, 2*channels, p0, p1, p2, p3, t, L, e, in_e, RUNS, DB, WIDE == DB, 2, ST)
         y = _normalised(y, ok, unit, eps)[0]
@@ -617,10 +617,14 @@ def _scan_plan(unit):
     wide = _p2(unit)
     return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
 
-def _relay_plan(unit, n):
-    "Steps and warps of a forward tile that has a program of its own; n states."
+def _relay_plan(unit, n, chains):
+    "Of a forward tile that has a program of its own: steps, warps, and does it scan its runs before it waits? For n states, and images times groups."
     steps, warps, _ = _scan_plan(unit)
-    return (128, 4) if n == 1 and unit <= 16 else (32, 2) if n == 1 and unit <= 32 else (steps, warps)
+    few, some = chains < 48, chains <= 128
+    if n > 1: return steps, warps, False
+    if unit <= 16: return (512, 8, True) if few else (256, 4, True) if some else (128, 4, False)
+    if unit <= 32: return (256, 8, True) if few else (128, 4, True) if some else (32, 2, False)
+    return (2*steps, 2*warps, True) if few else (steps, warps, some)
 
 def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
 
@@ -644,14 +648,14 @@ def _gated(u, zx, x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias, eps,
     "v, and the states that enter the tiles, (B, tiles, N, D), from u and z, the second half of zx. log: A is given as log(-A)."
     (programs, chunks), tiles, scalars, unit, meta = _gated_launch(u, A, dt_weight, walks, False, log)
     b, h, w, d = u.shape
-    shape, dtype, k, back, whole = (b, tiles, A.shape[1], d), _state_dtype(u), tiles, meta['RUNS'], chunks == 1
+    shape, dtype, k, back, whole, early = (b, tiles, A.shape[1], d), _state_dtype(u), tiles, meta['RUNS'], chunks == 1, False
     if not whole:
-        steps, meta['num_warps'] = _relay_plan(d//len(walks), A.shape[1])
+        steps, meta['num_warps'], early = _relay_plan(d//len(walks), A.shape[1], programs)
         meta['RUNS'], meta['GATHER'] = steps//4, meta['GATHER'] and not meta['FEW']
         k = _cdiv(h*w, steps)
     states = u.new_empty(shape, dtype=dtype) if whole else u.new_full(shape, _NOT_YET.value, dtype=dtype)
     v, params = _new(u), [p.contiguous() for p in (x_proj, dt_weight, A, D, dt_bias, norm_weight, norm_bias)]
-    launch(_gated_forward, (programs if whole else programs*k,), u, zx, *params, v, states, *scalars[:3], k, tiles, eps, unit, WHOLE=whole, BACK_RUNS=back, LATE=meta['DB'] > 32, **meta)
+    launch(_gated_forward, (programs if whole else programs*k,), u, zx, *params, v, states, *scalars[:3], k, tiles, eps, unit, WHOLE=whole, BACK_RUNS=back, LATE=meta['DB'] > 32, EARLY=early, **meta)
     return v, states
 
 # %% ../nbs/02b_fused.ipynb #ba7e0011

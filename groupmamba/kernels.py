@@ -120,26 +120,35 @@ def _row(x, i, RUNS: tl.constexpr):
     "Row i of a tile (RUNS, DB), in every row."
     return tl.broadcast_to(tl.sum(tl.where(tl.arange(0, RUNS)[:,None] == i, x, 0.), 0)[None], x.shape)
 
+# %% ../nbs/02_kernels.ipynb #c3a1f0b7
 @triton.jit
-def _between(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
-    """The states that enter the runs of a tile (RUNS, DB), and those that leave them; h enters the first.
-    BACK: the first run is the one at the end; GATHER then turns the states that leave around."""
-    if RUNS == 1: return h, S + P*h
+def _stretches(P, S, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
+    """Of a tile (RUNS, DB) up to each run: q·h + r enters the run, p·h + s leaves it, if h enters the first. GATHER: q and r are not needed, p and s take their places.
+    BACK: the first run is the one at the end; GATHER then turns what leaves around."""
+    if RUNS == 1: return P, S, P, S
     elif GATHER:
-        r = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
-        if BACK: P, S = _from_run(P, RUNS - 1 - r), _from_run(S, RUNS - 1 - r)
+        if BACK:
+            i = tl.broadcast_to(tl.arange(0, RUNS)[:,None], P.shape)
+            P, S = _from_run(P, RUNS - 1 - i), _from_run(S, RUNS - 1 - i)
         p, s = tl.associative_scan((P, S), 0, _after)
-        out = s + p*h
-        before, first = (RUNS - 2 - r, RUNS - 1) if BACK else (r - 1, 0)
-        return tl.where(r == first, h, _from_run(out, tl.maximum(before, 0))), out
-    else:
-        q, into, p, s = tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
-        return into + q*h, s + p*h
+        return p, s, p, s
+    else: return tl.associative_scan((P*0 + 1, P*0, P, S), 0, _through, reverse=BACK)
+
+@triton.jit
+def _between(q, r, p, s, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
+    "The states that enter the runs of a tile, and those that leave them."
+    if RUNS == 1: return h, s + p*h
+    elif GATHER:
+        i, out = tl.broadcast_to(tl.arange(0, RUNS)[:,None], p.shape), s + p*h
+        before, first = (RUNS - 2 - i, RUNS - 1) if BACK else (i - 1, 0)
+        return tl.where(i == first, h, _from_run(out, tl.maximum(before, 0))), out
+    else: return r + q*h, s + p*h
 
 @triton.jit
 def _enter(P, S, h, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr):
     "The states that enter the runs, and in every row the one that leaves the last."
-    into, out = _between(P, S, h, RUNS, BACK, GATHER)
+    q, r, p, s = _stretches(P, S, RUNS, BACK, GATHER)
+    into, out = _between(q, r, p, s, h, RUNS, BACK, GATHER)
     if RUNS == 1: return into, out
     elif GATHER: return into, _from_run(out, tl.broadcast_to(tl.arange(0, RUNS)[:,None]*0 + (RUNS - 1), P.shape))
     else: return into, _row(out, 0 if BACK else RUNS - 1, RUNS)
@@ -223,23 +232,25 @@ _NOT_YET = tl.constexpr(torch.finfo(torch.float32).min)          # no state yet
 
 @triton.jit
 def _wait(ptr, mask):
-    "Numbers that another program writes, 0 outside of `mask`: asks until all are there."
+    "Numbers that another program writes, 0 outside of `mask`: asks until all are there. Every warp must see all of them, or no two warps the same one: each believes only its own eyes."
     x = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.max((x == _NOT_YET).to(tl.int32), 0) > 0: x = tl.load(ptr, mask=mask, other=0, volatile=True)
     return x
 
 @triton.jit
-def _hand_on(ptr, x, d, mask, RUNS: tl.constexpr):
-    "Write the last row of a tile (RUNS, DB) for a program that waits. (A state that happens to be the lowest number is as good as lost, and says so.)"
+def _hand_on(ptr, x, d, mask, ROW: tl.constexpr, RUNS: tl.constexpr):
+    "Write a row of a tile (RUNS, DB) for a program that waits. (A state that happens to be the lowest number is as good as lost, and says so.)"
     r = tl.arange(0, RUNS)[:,None]
-    tl.store(ptr + (r*0 + d[None]), tl.where(x == _NOT_YET, float('-inf'), x), mask=(r == RUNS - 1) & mask[None])
+    tl.store(ptr + (r*0 + d[None]), tl.where(x == _NOT_YET, float('-inf'), x), mask=(r == ROW) & mask[None])
 
 @triton.jit
-def _pass_on(P, S, before, is_before, after, is_after, d, in_d, RUNS: tl.constexpr, GATHER: tl.constexpr):
-    "`_between`, where the tiles before and after this one are other programs' work, if there are any: wait there, hand on here."
+def _pass_on(P, S, before, is_before, after, is_after, d, in_d, RUNS: tl.constexpr, BACK: tl.constexpr, GATHER: tl.constexpr, EARLY: tl.constexpr):
+    "`_enter`, where the tiles before and after this one are other programs' work, if there are any: wait there, hand on here. EARLY: what can be done before the wait is, though it takes registers."
+    if EARLY: q, r, p, s = _stretches(P, S, RUNS, BACK, GATHER)
     h = tl.broadcast_to(_wait(before + d, in_d & is_before)[None], P.shape)
-    into, out = _between(P, S, h, RUNS, False, GATHER)
-    _hand_on(after, out, d, in_d & is_after, RUNS)
+    if not EARLY: q, r, p, s = _stretches(P, S, RUNS, BACK, GATHER)
+    into, out = _between(q, r, p, s, h, RUNS, BACK, GATHER)
+    _hand_on(after, out, d, in_d & is_after, 0 if BACK and not GATHER else RUNS - 1, RUNS)
     return into, out
 
 # %% ../nbs/02_kernels.ipynb #ac3517d0
@@ -276,17 +287,23 @@ def _store_last(ptr, h_all, b, channels, d, in_d, i, N: tl.constexpr, RUNS: tl.c
 
 # %% ../nbs/02_kernels.ipynb #ba7e0012
 @triton.jit
-def _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N: tl.constexpr, RUNS: tl.constexpr, GATHER: tl.constexpr):
+def _my_tile(K, RELAY: tl.constexpr):
+    "The first tile that a program works on, and its number among the programs that do."
+    walkers = tl.num_programs(0)//K if RELAY else tl.num_programs(0)
+    return (tl.program_id(0)//walkers, tl.program_id(0) % walkers) if RELAY else (0, tl.program_id(0))
+
+@triton.jit
+def _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N: tl.constexpr, RUNS: tl.constexpr, GATHER: tl.constexpr, EARLY: tl.constexpr):
     "`_pass_on` of state n and tile k. handed: (B, K - 1, N, D), what leaves each tile but the last, from which it goes to `last`, (B, D, N)."
     here = handed + ((b*(K - 1) + k)*N + n)*channels
-    into, out = _pass_on(P, S, here - N*channels, k > 0, here, k < K - 1, d, in_d, RUNS, GATHER)
-    _hand_on(last + b*channels*N + n, out, d*N, in_d & (k == K - 1), RUNS)
+    into, out = _pass_on(P, S, here - N*channels, k > 0, here, k < K - 1, d, in_d, RUNS, False, GATHER, EARLY)
+    _hand_on(last + b*channels*N + n, out, d*N, in_d & (k == K - 1), RUNS - 1, RUNS)
     return into
 
 @triton.jit
-def _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, RELAY: tl.constexpr):
+def _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, RELAY: tl.constexpr, EARLY: tl.constexpr):
     "The states n that enter the runs of tile k, and all that a program carries to the next tile."
-    if RELAY: return _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N, RUNS, GATHER), h_all
+    if RELAY: return _from_program(P, S, handed, last, b, k, K, n, channels, d, in_d, N, RUNS, GATHER, EARLY), h_all
     else:
         into, behind = _enter(P, S, _pick(h_all, i, n, N, RUNS, DB), RUNS, False, GATHER)
         return into, _put(h_all, i, n, behind, N, RUNS)
@@ -295,11 +312,10 @@ def _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N: tl.co
 @triton.jit
 def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, handed, LA, H, W, walks, K, tiles, ub, us, tb, ts, zb, zs, yb, ys, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn,
     channels, unit, per_unit, per_B, per_C, per_walk, N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr,
-    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, BACK_RUNS: tl.constexpr, RELAY: tl.constexpr):
+    SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, BACK_RUNS: tl.constexpr, RELAY: tl.constexpr, EARLY: tl.constexpr):
     "K tiles of RUNS runs of four steps and DB channels, or one of them (RELAY). MAP: 0 times side by side, 1 channels side by side, 2 a map walked in `walks`."
-    pid, blocks = tl.program_id(0), tl.num_programs(0)//K if RELAY else tl.num_programs(0)
-    begin = pid//blocks if RELAY else 0
-    b, _block, first, d, in_d = _my_block(pid % blocks if RELAY else pid, channels, unit, per_unit, DB)
+    begin, walker = _my_tile(K, RELAY)
+    b, _block, first, d, in_d = _my_block(walker, channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
     end = K*4*RUNS if EVEN else L
     u += b*ub; dt += b*tb; y += b*yb
@@ -322,7 +338,7 @@ def _forward_kernel(u, dt, A, B, C, D, z, bias, y, last, borders, handed, LA, H,
             a = _exp2(delta*(A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)*_LOG2E))
             w = v*_matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
             P, S = _local(a, w)
-            h, h_all = _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N, RUNS, DB, GATHER, RELAY)
+            h, h_all = _carry(P, S, h_all, handed, last, b, k, K, n, channels, d, in_d, i, N, RUNS, DB, GATHER, RELAY, EARLY)
             _store_borders(borders + (b*tiles*N + n)*channels, h, k, tiles, N*channels, d, in_d, RUNS, BACK_RUNS)
             out += _global(a, w, h)*_matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
         if z is not None:
@@ -362,6 +378,17 @@ def _plan(u, A, B, C, n_walks):
     if unit<=32: return ((4, 32, False, 1, 3) if single else (8, 16, False, 1, 3)), (8, 16, False, 1, 1)
     return (4, 32, False, 1, 1), (2, 32, False, 1, 1)
 
+# %% ../nbs/02_kernels.ipynb #c3a1f0b4
+def _long_tile(n, programs, tiles, last, backward):
+    "(runs times channels, `gather`?, warps) of a tile that is a program of its own because `programs` walks of `tiles` tiles are few and long; None where they are not. last: channels side by side."
+    few = programs <= 16
+    if programs > 256 or tiles < 16: return None
+    if n == 1 and backward: return (1024, False, 8) if few else (512, not last, 4)
+    if n == 1: return (2048, False, 8) if few else (1024, False, 4)
+    if backward: return (512, not last, 4) if few else (256, True, 2)
+    if last: return (1024, False, 8) if few else (256, False, 2) if programs <= 64 else None
+    return 512, True, 4
+
 # %% ../nbs/02_kernels.ipynb #6746b680
 def _strides(xs, u, B, C):
     "(batch, step or channel) of each of `xs`, then all four of `B` and `C`; 0 for what is not there or constant. Also: may four at once be loaded?"
@@ -377,17 +404,20 @@ def _strides(xs, u, B, C):
 def _geometry(xs, u, A, B, C, softplus, h, w, walks, backward=False):
     "What forward and backward share: (programs, sizes, strides, channel counts, compile-time constants)."
     (b,l,d),n = u.shape, A.shape[1]
-    unit, (runs, db, gather, warps, stages) = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))[backward]
-    per_unit, tiles = -(-unit//db), -(-l//(4*runs))
+    unit, plans = _unit(d, B, C, len(walks)), _plan(u, A, B, C, len(walks))
+    usual, db, gather, warps, stages = plans[backward]
+    per_unit, layout = -(-unit//db), 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
+    programs, runs = b*(d//unit)*per_unit, usual
+    if long := _long_tile(n, programs, -(-l//(4*usual)), layout > 0, backward): (numbers, gather, warps), stages = long, 1; runs = numbers//db
+    tiles, relay = -(-l//(4*runs)), bool(long) or not backward and n > 1 and layout > 0
     counts = [d, unit, per_unit, *(d//M.shape[2] if M.dim()==4 else d for M in (B,C)), d//len(walks)]
     strides, align = _strides(xs, u, B, C)
     sizes = l//align, h, w, sum(k << 2*i for i,k in enumerate(walks)), tiles
-    layout = 0 if not _channels_last(u) else 2 if list(walks)!=[0] else 1
     same = len({x.stride(1 if _channels_last(u) else 2) for x in xs if x is not None})==1, B.dim()==4==C.dim() and B.stride(1)==C.stride(1)
     meta = dict(N=n, NP=1 << (n-1).bit_length(), RUNS=runs, DB=db, ALIGN=align, SAME=same[0], SAME_BC=same[1], GATHER=gather and _HAS_GATHER, FULL=unit%db==0,
                 EVEN=l%(4*runs)==0, SOFTPLUS=softplus, VAR_B=B.dim()==4, VAR_C=C.dim()==4, MAP=layout, ST=tl.float64 if u.dtype==torch.float64 else tl.float32,
-                STAGES=stages, num_warps=warps)
-    return b*(d//unit)*per_unit, sizes, strides, counts, meta
+                STAGES=stages, RELAY=relay, num_warps=warps, **(dict(SKIP=runs//usual) if backward else dict(EARLY=bool(long), BACK_RUNS=plans[1][0])))
+    return programs*(tiles if relay else 1), sizes, strides, counts, meta
 
 # %% ../nbs/02_kernels.ipynb #2fa3714e
 def _borders(u, A, B, C, n_walks):
@@ -401,9 +431,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, h, w, walks):
     (b,_l,d),n,y = u.shape, A.shape[1], _like(u, u)
     programs, sizes, strides, counts, meta = _geometry((u,delta,z,y), u, A, B, C, softplus, h, w, walks)
     last, borders = u.new_empty(b, d, n, dtype=_state_dtype(u)), _borders(u, A, B, C, len(walks))
-    handed = u.new_full((b, sizes[-1] - 1, n, d), _NOT_YET.value, dtype=borders.dtype) if (relay := n > 1 and meta['MAP'] > 0) else None
-    meta['RELAY'], meta['BACK_RUNS'] = relay, _plan(u, A, B, C, len(walks))[1][0]
-    launch(_forward_kernel, (programs*(sizes[-1] if relay else 1),), u, delta, A, B, C, D, z, delta_bias, y, last, borders, handed, *sizes, borders.shape[1], *strides, *counts, **meta)
+    handed = u.new_full((b, sizes[-1] - 1, n, d), _NOT_YET.value, dtype=borders.dtype) if meta['RELAY'] else None
+    launch(_forward_kernel, (programs,), u, delta, A, B, C, D, z, delta_bias, y, last, borders, handed, *sizes, borders.shape[1], *strides, *counts, **meta)
     return y, last, borders
 
 # %% ../nbs/02_kernels.ipynb #2d9151f7
@@ -493,21 +522,31 @@ def _back_tile(dy, u, dt, shift, gs, us, ts, p0, p1, p2, p3, t, L, end, d, in_d,
     if HAS_BIAS: raw += shift
     return raw, _exist(_softplus(raw) if SOFTPLUS else raw, t, L, EVEN), x, g
 
+# %% ../nbs/02_kernels.ipynb #c3a1f0b1
+@triton.jit
+def _from_behind(P, S, behind, tile, k, n, channels, d, in_d, N: tl.constexpr, RUNS: tl.constexpr, GATHER: tl.constexpr):
+    "What comes to the runs of a tile from after them, where the tile after it is another program's work. behind: (B·K, N, D), what comes to every tile; k: which one of its walk."
+    here = behind + (tile*N + n)*channels
+    s, _out = _pass_on(P, S, here, k >= 0, here - N*channels, k > 0, d, in_d, RUNS, True, GATHER, True)
+    return s
+
 # %% ../nbs/02_kernels.ipynb #c3a1f038
 @triton.jit
-def _back_state(n, tile, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C, p0, p1, p2, p3, t, end, d, in_d, i,
-    N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, HAS_Z: tl.constexpr, ST: tl.constexpr):
+def _back_state(n, tile, border, k, behind, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C, p0, p1, p2, p3, t, end, d, in_d, i,
+    N: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, GATHER: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, HAS_Z: tl.constexpr, ST: tl.constexpr, RELAY: tl.constexpr):
     "What state n adds to the gradients of Δ, u, A, B and C, and to y."
     An = A0 if N == 1 else _load_row(A + n, d*N, in_d, ST)
     a = _exp2(delta*(An*_LOG2E))
     Bt = _matrix(B, n, p0, p1, p2, p3, Bl, Bn, d, in_d, N, VAR_B, ST)
     Ct = _matrix(C, n, p0, p1, p2, p3, Cl, Cn, d, in_d, N, VAR_C, ST)
-    w, c, h0 = v*Bt, g*Ct, tl.load(borders + (tile*N + n)*channels + d, mask=in_d, other=0)[None]
+    w, c, h0 = v*Bt, g*Ct, tl.load(borders + (border*N + n)*channels + d, mask=in_d, other=0)[None]
     h0 = tl.broadcast_to(h0, (RUNS, DB))
     P, S = _local(a, w)
     h, _last = _enter(P, S, h0, RUNS, False, GATHER)
-    s, s0 = _enter(P, _local_back(a, c), _pick(s_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
-    s_all = _put(s_all, i, n, s0, N, RUNS)
+    if RELAY: s = _from_behind(P, _local_back(a, c), behind, tile, k, n, channels, d, in_d, N, RUNS, GATHER)
+    else:
+        s, s0 = _enter(P, _local_back(a, c), _pick(s_all, i, n, N, RUNS, DB), RUNS, True, GATHER)
+        s_all = _put(s_all, i, n, s0, N, RUNS)
     h, q = _global(a, w, h), _global_back(a, c, s)
     if HAS_Z: out += h*Ct
     f = q*(h - w)                                                # q_t a_t h_{t-1}, the gradient of Δ_t A
@@ -532,11 +571,12 @@ def _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D, sum_bias
 # %% ../nbs/02_kernels.ipynb #c3a1f008
 @triton.jit
 def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA, dB, dC, dD, dz, dbias, LA, H, W, walks, K,
-    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk, rows,
+    gb, gs, ub, us, tb, ts, zb, zs, xb, xs, eb, es, wb, ws, Bb, Bl, Bg, Bn, Cb, Cl, Cg, Cn, size_B, size_C, channels, unit, per_unit, per_B, per_C, per_walk, rows, behind, tiles,
     N: tl.constexpr, NP: tl.constexpr, RUNS: tl.constexpr, DB: tl.constexpr, ALIGN: tl.constexpr, SAME: tl.constexpr, SAME_BC: tl.constexpr, GATHER: tl.constexpr,
-    FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr):
+    FULL: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, VAR_B: tl.constexpr, VAR_C: tl.constexpr, MAP: tl.constexpr, ST: tl.constexpr, STAGES: tl.constexpr, RELAY: tl.constexpr, SKIP: tl.constexpr):
     "The tiles of `_forward_kernel`, last one first; the states of a tile are made again from the one at its border."
-    b, block, first, d, in_d = _my_block(tl.program_id(0), channels, unit, per_unit, DB)
+    begin, walker = _my_tile(K, RELAY)
+    b, block, first, d, in_d = _my_block(walker, channels, unit, per_unit, DB)
     L, i, walk = LA*ALIGN, tl.arange(0, NP), (walks >> first//per_walk*2) & 3
     end, i1 = K*4*RUNS if EVEN else L, tl.arange(0, RUNS)*0 if N == 1 else i
     dy += b*gb; u += b*ub; dt += b*tb; du += b*xb; ddt += b*eb
@@ -547,13 +587,12 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     if VAR_B: dB = _share(dB, b, block, first, L, channels, unit, per_unit, per_B, size_B, N)
     if VAR_C: dC = _share(dC, b, block, first, L, channels, unit, per_unit, per_C, size_C, N)
     s_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # a·q of the first step after the tile
-    if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
+    if dlast is not None and not RELAY: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
     sum_A, sum_D = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((RUNS, DB), ST)
     sum_B, sum_C, sum_bias, lost, A0 = sum_A, sum_A, sum_D, sum_D, _load_row(A, d*N, in_d, ST)
     skip, shift = _load_row(D, d, in_d, ST) if D is not None else 0., _load_row(bias, d, in_d, ST) if bias is not None else 0.
-    for j in tl.range(K, num_stages=STAGES):
-        k = K - 1 - j
-        t = (k*RUNS + tl.arange(0, RUNS))*4
+    for j in tl.range(begin, begin + 1 if RELAY else K, num_stages=STAGES):
+        k = K - 1 - j; t = (k*RUNS + tl.arange(0, RUNS))*4
         p0, p1, p2, p3 = _places(walk, t, H, W, L, EVEN, MAP)
         raw, delta, x, g = _back_tile(dy, u, dt, shift, gs, us, ts, p0, p1, p2, p3, t, L, end, d, in_d, bias is not None, RUNS, DB, FULL, EVEN, SOFTPLUS, MAP, ST)
         if z is not None: g, gate = _gate_grad(g, _read(z + b*zb, zs, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, MAP, ST))
@@ -561,14 +600,14 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
         v, dd, dx, out = delta*x, x*0, g*skip if D is not None else x*0, x*skip if D is not None else x*0
         for n in range(N):
             s_all, sum_A, sum_B, sum_C, dd, dx, out = _back_state(
-                n, b*K + k, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C,
-                p0, p1, p2, p3, t, end, d, in_d, i, N, RUNS, DB, GATHER, VAR_B, VAR_C, z is not None, ST)
+                n, b*K + k, b*K + k if SKIP == 1 else b*tiles + k*SKIP, k, behind, A, A0, B, C, borders, dB, dC, s_all, sum_A, sum_B, sum_C, dd, dx, out, delta, v, x, g, channels, Bl, Bn, Cl, Cn, per_B, per_C,
+                p0, p1, p2, p3, t, end, d, in_d, i, N, RUNS, DB, GATHER, VAR_B, VAR_C, z is not None, ST, RELAY)
         if SOFTPLUS: dd *= _sigmoid(raw)
         if bias is not None: sum_bias += tl.sum(_exist(dd, t, L, EVEN), 2)
         _write(du, xs, dx, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         _write(ddt, es, dd, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
         if z is not None: _write(dz + b*wb, ws, gate*out, p0, p1, p2, p3, t, end, d, in_d, RUNS, DB, FULL, EVEN, MAP)
-    _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D + lost, sum_bias, b, d, in_d, i, channels, rows, N, VAR_B, VAR_C)
+    _store_constants(dA, dB, dC, dD, dbias, sum_A, sum_B, sum_C, sum_D + lost, sum_bias, b*K + K - 1 - begin if RELAY else b, d, in_d, i, channels, rows, N, VAR_B, VAR_C)
 
 # %% ../nbs/02_kernels.ipynb #e215fe9a
 @triton.jit
@@ -591,12 +630,20 @@ def _sum_kernel(sums, dA, dB, dC, dD, dbias, images, channels, rows, N: tl.const
     if dbias is not None: tl.store(dbias + d, total, mask=(d < channels) & (row == 0))
 
 # %% ../nbs/02_kernels.ipynb #c3a1f002
-def _param_sums(u, A, B, C, D, bias):
-    "Where every sequence leaves its sums for the gradients of parameters, (b, rows, d), and views of it that begin at the rows of each; None: no parameter."
+def _param_sums(parts, u, A, B, C, D, bias):
+    "Where every sequence, or each of its `parts`, leaves its sums for the gradients of parameters, (b·parts, rows, d), and views of it that begin at the rows of each; None: no parameter."
     (b,_,d),n = u.shape, A.shape[1]
     rows = [n, *(n if M.dim()==2 else 0 for M in (B,C)), *(int(p is not None) for p in (D,bias))]
-    sums = u.new_empty(b, sum(rows), d, dtype=_state_dtype(u))
+    sums = u.new_empty(b*parts, sum(rows), d, dtype=_state_dtype(u))
     return sums, [sums[:,sum(rows[:i]):] if k else None for i,k in enumerate(rows)]
+
+# %% ../nbs/02_kernels.ipynb #c3a1f0b2
+def _behind(dlast, tiles, borders):
+    "What comes to every tile from behind, (b, tiles, n, d): to the last one the gradient of the last state, to all others nothing yet."
+    b, _, n, d = borders.shape
+    s = borders.new_full((b, tiles, n, d), _NOT_YET.value)
+    s[:,-1] = 0 if dlast is None else dlast.mT.masked_fill(dlast.mT==_NOT_YET.value, -math.inf)
+    return s
 
 # %% ../nbs/02_kernels.ipynb #c3a1f003
 def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus, h, w, walks):
@@ -607,11 +654,12 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus,
     programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
     def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
     shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
-    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(u, A, B, C, D, delta_bias)
+    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(tiles := sizes[-1] if meta['RELAY'] else 1, u, A, B, C, D, delta_bias)
     grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
     sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
     dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
-    launch(_backward_kernel, (programs,), dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], **meta)
+    launch(_backward_kernel, (programs,), dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], _behind(dlast, tiles, borders) if meta['RELAY'] else None, borders.shape[1], **meta)
+    if tiles > 1: sums = sums.unflatten(0, (b, tiles)).sum(1)
     launch(_sum_kernel, (-(-d//32), sums.shape[1]), sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
     dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
     return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
