@@ -2,7 +2,7 @@
 
     python .ci/mamba_tests.py SOURCE [pytest's options]
 
-SOURCE is an unpacked source distribution of mamba-ssm. Of it only Python is imported; what it would compile is replaced: `selective_scan_cuda` by
+SOURCE is a checkout of mamba (its source distribution leaves these tests out). Of it only Python is imported; what it would compile is replaced: `selective_scan_cuda` by
 `selective_scan(backend='triton')`, `causal_conv1d` by PyTorch's convolution. Needs a GPU, pytest, einops and packaging."""
 import sys
 from pathlib import Path
