@@ -617,6 +617,7 @@ def _scan_plan(unit):
     wide = _p2(unit)
     return (32 if wide <= 16 else 16), max(1, wide//64), max(1, wide//32)
 
+# %% ../nbs/02b_fused.ipynb #c1d66122
 def _relay_plan(unit, n, chains):
     "Of a forward tile that has a program of its own: steps, warps, and does it scan its runs before it waits? For n states, and images times groups."
     steps, warps, _ = _scan_plan(unit)
@@ -626,6 +627,7 @@ def _relay_plan(unit, n, chains):
     if unit <= 32: return (256, 8, True) if few else (128, 4, True) if some else (32, 2, False)
     return (2*steps, 2*warps, True) if few else (steps, warps, some)
 
+# %% ../nbs/02b_fused.ipynb #c1d66124
 def _per(tiles): return tiles if tiles <= 16 else -(-tiles//-(-tiles//13))    # tiles of a chunk: all, or about a dozen
 
 def _fits(unit, columns):

@@ -587,7 +587,7 @@ def _backward_kernel(dy, dlast, u, dt, A, B, C, D, z, bias, borders, du, ddt, dA
     if VAR_B: dB = _share(dB, b, block, first, L, channels, unit, per_unit, per_B, size_B, N)
     if VAR_C: dC = _share(dC, b, block, first, L, channels, unit, per_unit, per_C, size_C, N)
     s_all = tl.zeros((RUNS if N == 1 else NP, DB), ST)           # a·q of the first step after the tile
-    if dlast is not None and not RELAY: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
+    if dlast is not None: s_all += tl.load(dlast + (b*channels + d[None])*N + i1[:,None], mask=in_d[None] & (i1[:,None] < N), other=0).to(ST)
     sum_A, sum_D = tl.zeros((RUNS if N == 1 else NP, DB), ST), tl.zeros((RUNS, DB), ST)
     sum_B, sum_C, sum_bias, lost, A0 = sum_A, sum_A, sum_D, sum_D, _load_row(A, d*N, in_d, ST)
     skip, shift = _load_row(D, d, in_d, ST) if D is not None else 0., _load_row(bias, d, in_d, ST) if bias is not None else 0.
@@ -654,12 +654,13 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, borders, softplus,
     programs, sizes, strides, counts, meta = _geometry((dy,u,delta,z,du,dd,dz), u, A, B, C, softplus, h, w, walks, backward=True)
     def shares(M, per): return M.new_empty(k, *M.shape, dtype=M.dtype if k==1 else _state_dtype(u)) if (k := per//counts[1]*counts[2]) else None
     shared_B, shared_C = (shares(M, per) if M.dim()==4 else None for M,per in zip((B,C), counts[3:]))
-    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(tiles := sizes[-1] if meta['RELAY'] else 1, u, A, B, C, D, delta_bias)
+    tiles, behind = (sizes[-1], _behind(dlast, sizes[-1], borders)) if meta['RELAY'] else (1, None)
+    sums, (sum_A, sum_B, sum_C, sum_D, sum_bias) = _param_sums(tiles, u, A, B, C, D, delta_bias)
     grads = du, dd, sum_A, *(x if y is None else y for x,y in ((sum_B,shared_B), (sum_C,shared_C))), sum_D, dz, sum_bias
     sizes_BC = (0 if x is None else x[0].numel() for x in (shared_B,shared_C))
     dA, dB, dC, dD, dbias = (None if s is None else torch.empty_like(p, memory_format=torch.contiguous_format) for s,p in zip((sum_A,sum_B,sum_C,sum_D,sum_bias), (A,B,C,D,delta_bias)))
-    launch(_backward_kernel, (programs,), dy, dlast if dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], _behind(dlast, tiles, borders) if meta['RELAY'] else None, borders.shape[1], **meta)
-    if tiles > 1: sums = sums.unflatten(0, (b, tiles)).sum(1)
+    launch(_backward_kernel, (programs,), dy, None if behind is not None or dlast is None else dlast.contiguous(), u, delta, A, B, C, D, z, delta_bias, borders, *grads, *sizes, *strides, *sizes_BC, *counts, sums.shape[1], behind, borders.shape[1], **meta)
+    if tiles > 1: sums = sums.unflatten(0, (b, tiles)).sum(1)     # `_sum_kernel` takes them one after the other: right for images, long for tiles
     launch(_sum_kernel, (-(-d//32), sums.shape[1]), sums, dA, dB, dC, dD, dbias, b, d, sums.shape[1], N=n, IMAGES=32, DB=32)
     dB, dC = (x if y is None else (y[0] if len(y)==1 else y.sum(0)).to(M.dtype) for x,y,M in ((dB,shared_B,B), (dC,shared_C,C)))
     return du, dd, dA, dB, dC, *(u.new_empty(0) if x is None else x for x in (dD, dz, dbias))
